@@ -1,0 +1,458 @@
+"""The schema every recipe must fit, and how a recipe with overrides becomes a checked `Config`.
+
+A recipe is a short YAML file in `recipes/`; `base:` names the recipe it extends. Fields are documented where they
+are declared; each section checks itself, and `Config` checks what concerns two sections. A user's mistake is a
+`ValueError` whose message names the key.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tdkd_dist.neurons import NeuronConfig
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)`, a user's mistake, unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class RunConfig:
+    """What the run is called and where it lives."""
+
+    name: str = ""
+    """The recipe's name unless given; the same name again resumes the run."""
+    seed: int = 0
+    """Fixes initialisation, data order and augmentation."""
+    dir: str | None = None
+    """The run folder itself; None: `runs/NAME`."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.dir or f"runs/{self.name}")
+
+
+@dataclass
+class DataConfig:
+    """Where the images are and how they are cropped."""
+
+    train: str | None = None
+    """A beton (`format=ffcv`) or the folder of an ImageFolder tree."""
+    val: str | None = None
+    format: Literal["ffcv", "imagefolder"] = "ffcv"
+    image_size: int = 224
+    """Side of the crop that student and teacher see, in pixels."""
+    workers: int | None = None
+    """Loader threads a rank; None: this rank's share of the job's cores."""
+    crop: Literal["random_resized", "shift", "none"] = "random_resized"
+    """Training crop: `random_resized` (area 0.08 to 1), `shift` (zero-padded by image_size / 8, as on CIFAR), `none`."""
+    flip: bool = True
+    crop_pct: float = 0.875
+    """Validation: side of the centre crop over the shorter side (224 / 256)."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 1, f"data.image_size={self.image_size}: must be at least 1")
+        require(self.workers is None or self.workers >= 1, f"data.workers={self.workers}: must be at least 1")
+        require(0 < self.crop_pct <= 1, f"data.crop_pct={self.crop_pct}: must be in (0, 1]")
+        require(all(s > 0 for s in self.std), f"data.std={list(self.std)}: must be positive")
+
+
+@dataclass
+class TeacherConfig:
+    """A frozen timm model whose logits the student learns from."""
+
+    name: str | None = None
+    """Any timm model, with its weights' tag (`resnet34.tv_in1k`); None: no teacher."""
+    checkpoint: str | None = None
+    """Weights to load instead of timm's: safetensors, or a file that `torch.save` wrote."""
+    pretrained: bool = True
+    """Fetch timm's weights when there is no checkpoint; false: random weights, for trying things out."""
+    min_top1: float = 0.0
+    """Stop before training if the teacher's top-1 on the validation set, in per cent, is below this."""
+
+
+@dataclass
+class StudentConfig:
+    """The network that is trained; what `timm.create_model` is called with."""
+
+    model: str = "sew_resnet34"
+    """A spiking student, or any timm model (trained as an ordinary network, one timestep)."""
+    checkpoint: str | None = None
+    """Start from these weights: a safetensors file that a run or `tools/import_weights.py` wrote."""
+    num_classes: int = 1000
+    num_timesteps: int = 4
+    neuron: NeuronConfig = field(default_factory=NeuronConfig)
+    connect: Literal["ADD", "AND", "IAND"] | None = None
+    """How a SEW block joins its branches; None: the model's default, ADD."""
+    width: int | None = None
+    """Channels of the first stage; None: the model's default."""
+    in_chans: int = 3
+
+    def __post_init__(self) -> None:
+        require(self.num_timesteps >= 1, f"student.num_timesteps={self.num_timesteps}: must be at least 1")
+        require(self.num_classes >= 1, f"student.num_classes={self.num_classes}: must be at least 1")
+        require(self.width is None or self.width >= 1, f"student.width={self.width}: must be at least 1")
+
+
+@dataclass
+class LossConfig:
+    """`REFERENCE`: cross-entropy + alpha * distillation + beta * self-distillation (Yu et al. 2025, eq. 11)."""
+
+    target: Literal["temporal", "ensemble", "prefix"] = "temporal"
+    """Which logits each term sees: every timestep's own, the final ensemble only, or the ensemble after each step."""
+    alpha: float = 0.2
+    """Weight of the teacher's term; 0: the teacher is not run."""
+    beta: float = 0.5
+    """Weight of self-distillation."""
+    temperature: float = 1.0
+    self_target: Literal["ensemble", "correct_only"] = "ensemble"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.alpha >= 0, f"loss.alpha={self.alpha}: must not be negative")
+        require(self.beta >= 0, f"loss.beta={self.beta}: must not be negative")
+        require(self.temperature > 0, f"loss.temperature={self.temperature}: must be positive")
+        require(0 <= self.label_smoothing < 1, f"loss.label_smoothing={self.label_smoothing}: must be in [0, 1)")
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and schedule, both timm's."""
+
+    name: str = "momentum"
+    """timm's name: `momentum` is SGD with momentum, `sgd` the same with Nesterov, `lamb`, `adamw`, ..."""
+    lr: float = 0.2
+    """For the recipe's global batch; scale it in proportion when `train.batch_size` changes."""
+    momentum: float = 0.9
+    weight_decay: float = 2e-5
+    """On convolution and linear weights only."""
+    clip_grad: float = 0.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    schedule_on: Literal["epoch", "step"] = "epoch"
+    """The cosine to 0 moves once an epoch (the paper) or at every optimiser step (short runs)."""
+    warmup_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr={self.lr}: must be positive")
+        require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: must not be negative")
+        require(self.clip_grad >= 0, f"optim.clip_grad={self.clip_grad}: must not be negative (0: no clipping)")
+        require(self.warmup_epochs >= 0, f"optim.warmup_epochs={self.warmup_epochs}: must not be negative")
+
+
+@dataclass
+class TrainConfig:
+    """Length, batches and arithmetic of the training."""
+
+    epochs: int = 100
+    """0: evaluate `student.checkpoint` and stop."""
+    max_steps: int | None = None
+    """Stop after so many optimiser steps, whatever `epochs` says."""
+    batch_size: int = 512
+    """The global batch: images an optimiser step, over all ranks."""
+    micro_batch: int | None = None
+    """Images a forward pass on one rank, at most; None: the rank's whole share. Gradients accumulate over the rest."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16`: autocast, with membrane and batch norm in fp32. `auto`: bf16 on a GPU, fp32 on a CPU."""
+    compile: bool | str = "auto"
+    """`auto`: torch.compile on a GPU when the run is long enough to pay for it."""
+    sync_bn: bool = True
+    """Batch statistics over all ranks (GPU only)."""
+    ema_decay: float = 0.0
+    """Exponential moving average of the weights; 0: off."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed's ZeRO stage: 0 suits students of this size."""
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 0, f"train.epochs={self.epochs}: must not be negative")
+        require(self.max_steps is None or self.max_steps >= 1, f"train.max_steps={self.max_steps}: must be at least 1")
+        require(self.batch_size >= 1, f"train.batch_size={self.batch_size}: must be at least 1")
+        require(
+            self.micro_batch is None or self.micro_batch >= 1,
+            f"train.micro_batch={self.micro_batch}: must be at least 1",
+        )
+        if isinstance(self.compile, str):
+            text = self.compile.lower()
+            require(text in ("auto", "true", "false"), f"train.compile={self.compile}: must be auto, true or false")
+            self.compile = {"true": True, "false": False}.get(text, "auto")
+        require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: must be in [0, 1)")
+        require(self.keep_checkpoints >= 1, f"train.keep_checkpoints={self.keep_checkpoints}: must be at least 1")
+
+
+@dataclass
+class EvalConfig:
+    """Validation after every timestep."""
+
+    num_timesteps: int | None = None
+    """Timesteps to evaluate; None: as many as the student trains with."""
+    every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    batch_size: int | None = None
+    """Images a forward pass on one rank; None: as in training."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_timesteps", "batch_size"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"eval.{key}={value}: must be at least 1")
+        require(self.every >= 1, f"eval.every={self.every}: must be at least 1")
+
+
+@dataclass
+class LauncherConfig:
+    """Where the job runs."""
+
+    cluster: Literal["auto", "local", "slurm"] = "auto"
+    """`auto`: Slurm if `sbatch` answers, else this machine."""
+    nodes: int = 1
+    gpus_per_node: int = 0
+    """0: train on the CPU."""
+    tasks_per_node: int | None = None
+    """Ranks a node; None: one a GPU, or one."""
+    cpus_per_task: int | None = None
+    """None: on this machine an equal share of its cores, on Slurm the cluster's default."""
+    time_min: int = 7 * 24 * 60
+    """Time limit of one job, in minutes."""
+    partition: str | None = None
+    account: str | None = None
+    max_restarts: int = 0
+    """How often a job that crashed is started again, from its last checkpoint, on this machine."""
+
+    def __post_init__(self) -> None:
+        require(self.nodes >= 1, f"launcher.nodes={self.nodes}: must be at least 1")
+        require(self.gpus_per_node >= 0, f"launcher.gpus_per_node={self.gpus_per_node}: must not be negative")
+        require(
+            self.tasks_per_node is None or self.tasks_per_node >= 1,
+            f"launcher.tasks_per_node={self.tasks_per_node}: must be at least 1",
+        )
+        require(
+            self.gpus_per_node == 0 or self.ranks_per_node == self.gpus_per_node,
+            f"launcher.tasks_per_node={self.tasks_per_node}: must equal launcher.gpus_per_node={self.gpus_per_node}"
+            " (one rank a GPU), or leave it out",
+        )
+        require(self.time_min >= 1, f"launcher.time_min={self.time_min}: must be at least 1")
+        require(self.max_restarts >= 0, f"launcher.max_restarts={self.max_restarts}: must not be negative")
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes started on each node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole job."""
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    project: str = "tdkd-dist"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online if this user is logged in, else offline."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def check(self) -> None:
+        """Raise `ValueError` for what no section can see alone."""
+        world, batch = self.launcher.world_size, self.train.batch_size
+        require(
+            batch % world == 0,
+            f"train.batch_size={batch} does not divide over {world} ranks"
+            " (launcher.nodes x launcher.tasks_per_node): choose a multiple",
+        )
+        micro = self.train.micro_batch
+        if micro is not None and micro < batch // world:
+            require(
+                batch // world % micro == 0,
+                f"train.micro_batch={micro} does not divide a rank's share of {batch // world} images"
+                f" (train.batch_size={batch} over {world} ranks)",
+            )
+        require(
+            self.train.epochs == 0 or self.loss.alpha == 0 or self.teacher.name is not None,
+            f"loss.alpha={self.loss.alpha} needs a teacher: set teacher.name, or loss.alpha=0",
+        )
+        require(
+            self.train.epochs > 0 or self.student.checkpoint is not None,
+            "train.epochs=0 evaluates a file: set student.checkpoint=FILE",
+        )
+
+    @property
+    def micro_batch(self) -> int:
+        """Images a forward pass on one rank."""
+        share = self.train.batch_size // self.launcher.world_size
+        return min(self.train.micro_batch or share, share)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches an optimiser step, on each rank."""
+        return self.train.batch_size // self.launcher.world_size // self.micro_batch
+
+    @property
+    def eval_timesteps(self) -> int:
+        """Timesteps of a validation pass."""
+        return self.eval.num_timesteps or self.student.num_timesteps
+
+
+def list_recipes() -> dict[str, str]:
+    """Every recipe's name with the figure its header says it reaches (the line that starts with `# Reaches`)."""
+    reaches = {}
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        lines = [line[2:].strip() for line in path.read_text().splitlines() if line.startswith("# Reaches")]
+        reaches[str(path.relative_to(RECIPES).with_suffix(""))] = lines[0] if lines else ""
+    return reaches
+
+
+def load_config(recipe: str, overrides: list[str]) -> Config:
+    """The checked configuration of `recipe` (a name in `recipes/`, or a YAML file) with `key=value` overrides.
+
+    Raises `ValueError`, naming the key or file, for an unknown recipe or key, a wrong type or a bad value.
+    """
+    from omegaconf import OmegaConf
+
+    path = find_recipe(recipe)
+    merged = OmegaConf.structured(Config)
+    for layer in [*_read_layers(path), _parse_overrides(overrides)]:
+        merged = _merge(merged, layer)
+    config = _to_config(merged)
+    config.run.name = config.run.name or path.stem
+    return config
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that `save_config` wrote."""
+    from omegaconf import OmegaConf
+
+    return _to_config(_merge(OmegaConf.structured(Config), _read_yaml(path)))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the whole resolved configuration as YAML."""
+    path.write_text(to_yaml(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved configuration, as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A dataclass as `{"section.key": value}`."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = value
+    return flat
+
+
+def find_recipe(recipe: str) -> Path:
+    """The YAML file of a recipe given by name or path; `ValueError` with the nearest names if there is none."""
+    if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
+        for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
+            if path.is_file():
+                return path
+        raise ValueError(f"recipe={recipe}: no such file")
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        names = list(list_recipes())
+        near = difflib.get_close_matches(recipe, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise ValueError(f"recipe={recipe}: no such recipe; {hint}")
+    return path
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    require(OmegaConf.is_dict(content), f"{path}: a recipe is a mapping of sections")
+    return content
+
+
+def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Any]:
+    require(path not in seen, f"{path}: `base:` leads back to the recipe itself")
+    content = _read_yaml(path)
+    base = content.pop("base", None)
+    if base is None:
+        return [content]
+    local = path.parent / f"{base}.yaml"
+    return [*_read_layers(local if local.is_file() else find_recipe(str(base)), (*seen, path)), content]
+
+
+def _parse_overrides(overrides: list[str]) -> Any:
+    from omegaconf import OmegaConf
+
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        require(bool(key and equals), f"{text}: an override is key=value, such as train.epochs=3")
+    return OmegaConf.from_dotlist(overrides)
+
+
+def _merge(schema: Any, layer: Any) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+    try:
+        return OmegaConf.merge(schema, layer)
+    except ConfigKeyError as error:
+        raise ValueError(_unknown_key(error.full_key or str(error.key))) from error
+    except OmegaConfBaseException as error:
+        key = error.full_key or "the configuration"
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _to_config(merged: Any) -> Config:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    config.check()
+    return config
+
+
+def _unknown_key(key: str) -> str:
+    known = [*flatten(Config()), *(f.name for f in fields(Config))]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        tails = {k.rsplit(".", 1)[-1]: k for k in known}
+        near = [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(tails), n=1)]
+    return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else "")
