@@ -1,7 +1,23 @@
-"""Spiking neurons."""
+"""Spiking neurons over a folded batch: integrate-and-fire, leaky, and leaky with a learned decay.
 
+Shapes: T timesteps, B samples, ... anything (usually C, H, W). A multi-step layer reads and returns `[T*B, ...]`,
+T-major. `m` is the membrane measured from its reset value (v - v_r), so it starts at 0 whatever v_r is.
+
+The arithmetic of a timestep is `_charge`, `_fire` and `_reset`. Two things run it: `SpikingNeuron.step` (plain
+operations; unrolled over T it is what torch.compile fuses into one kernel) and `_FoldedNeuron` (eager mode: in place,
+keeping only the layer's input for the backward pass, which computes the membranes again).
+"""
+
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["if", "lif", "plif"]
+Surrogate = Literal["sigmoid", "atan", "rectangle", "triangle"]
 
 
 @dataclass
@@ -9,15 +25,249 @@ class NeuronConfig:
     """One spiking neuron's constants; every layer of a student shares them.
 
     Charge: ``v <- v_r + decay * (v - v_r) + x`` with ``v_r = v_reset or 0``; a spike when ``v >= threshold``.
+    Raises `ValueError`, naming the key, for a value outside its range.
     """
 
-    kind: Literal["if", "lif", "plif"] = "lif"
+    kind: Kind = "lif"
+    """`if`: no leak (decay 1, whatever `decay` says); `plif`: each layer learns its decay, starting from `decay`."""
     decay: float = 0.5
     threshold: float = 1.0
     v_reset: float | None = None
     """None: soft reset (subtract the threshold); a number: hard reset to it."""
-    surrogate: Literal["sigmoid", "atan", "rectangle", "triangle"] = "sigmoid"
+    surrogate: Surrogate = "sigmoid"
     surrogate_alpha: float | None = None
     """Slope of the surrogate gradient; None: the surrogate's own default (sigmoid 4, atan 2, the others 1)."""
     detach_reset: bool = False
     """Stop the gradient through the spike in the reset."""
+
+    def __post_init__(self) -> None:
+        for key, choices in (("kind", get_args(Kind)), ("surrogate", get_args(Surrogate))):
+            value = getattr(self, key)
+            if value not in choices:
+                raise ValueError(f"student.neuron.{key}={value}: must be one of {', '.join(choices)}")
+        _require(0 <= self.decay <= 1, "decay", self.decay, "in [0, 1]")
+        _require(self.kind != "plif" or 0 < self.decay < 1, "decay", self.decay, "in (0, 1) for kind=plif")
+        _require(0 < self.threshold < math.inf, "threshold", self.threshold, "positive")
+        _require(
+            self.v_reset is None or -math.inf < self.v_reset < self.threshold,
+            "v_reset",
+            self.v_reset,
+            f"below student.neuron.threshold={self.threshold}",
+        )
+        _require(
+            self.surrogate_alpha is None or 0 < self.surrogate_alpha < math.inf,
+            "surrogate_alpha",
+            self.surrogate_alpha,
+            "positive",
+        )
+
+    @property
+    def slope(self) -> float:
+        """The surrogate's slope with its default filled in."""
+        return SURROGATES[self.surrogate].alpha if self.surrogate_alpha is None else self.surrogate_alpha
+
+
+def _require(condition: bool, key: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"student.neuron.{key}={value}: must be {wanted}")
+
+
+# Surrogate derivatives at u = v - threshold. They overwrite u: on a CPU a fresh tensor an operation costs more than
+# the arithmetic.
+
+
+def _sigmoid_(u: Tensor, a: float) -> Tensor:
+    y = u.mul_(a).sigmoid_()
+    return y.addcmul_(y, y, value=-1).mul_(a)
+
+
+def _atan_(u: Tensor, a: float) -> Tensor:
+    return u.mul_(math.pi / 2 * a).square_().add_(1).reciprocal_().mul_(a / 2)
+
+
+def _rectangle_(u: Tensor, a: float) -> Tensor:
+    return u.abs_().lt_(0.5 / a).mul_(a)
+
+
+def _triangle_(u: Tensor, a: float) -> Tensor:
+    return u.abs_().mul_(-a * a).add_(a).clamp_(min=0)
+
+
+class _SurrogateEntry(NamedTuple):
+    alpha: float
+    derivative_: Callable[[Tensor, float], Tensor]
+
+
+SURROGATES: dict[str, _SurrogateEntry] = {
+    "sigmoid": _SurrogateEntry(4.0, _sigmoid_),
+    "atan": _SurrogateEntry(2.0, _atan_),
+    "rectangle": _SurrogateEntry(1.0, _rectangle_),
+    "triangle": _SurrogateEntry(1.0, _triangle_),
+}
+"""Default slope and derivative of every surrogate."""
+
+
+class _Dynamics(NamedTuple):
+    gap: float
+    """Threshold minus reset value: m fires from here on."""
+    drop: float | None
+    """What a soft reset subtracts; None: hard reset."""
+    surrogate: str
+    alpha: float
+    detach_reset: bool
+
+
+def _charge(x: Tensor, m: Tensor, decay: float | Tensor, out: Tensor | None = None) -> Tensor:
+    if isinstance(decay, Tensor):
+        return torch.mul(m, decay, out=out).add_(x)
+    return torch.add(x, m, alpha=decay, out=out)
+
+
+def _fire(h: Tensor, gap: float, out: Tensor) -> Tensor:
+    return torch.ge(h, gap, out=out)
+
+
+def _reset(h: Tensor, s: Tensor, drop: float | None, out: Tensor | None = None) -> Tensor:
+    if drop is None:
+        return torch.addcmul(h, h, s, value=-1, out=out)
+    return torch.sub(h, s, alpha=drop, out=out)
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _Spike(torch.autograd.Function):
+    """The step function at `gap`, with a surrogate's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, gap: float, surrogate: str, alpha: float) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.constants = gap, surrogate, alpha
+        return _fire(h, gap, torch.empty_like(h))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (h,) = ctx.saved_tensors
+        gap, surrogate, alpha = ctx.constants
+        return SURROGATES[surrogate].derivative_(h - gap, alpha) * grad, None, None, None
+
+
+class _FoldedNeuron(torch.autograd.Function):
+    """All T timesteps of a layer, `x_TB` `[T, B, ...]` to spikes of the same shape.
+
+    Saves `x_TB` alone. The backward pass fills one buffer with the membranes after each charge and then, from the
+    last step to the first, overwrites each with the gradient of its input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TB: Tensor, decay: float | Tensor, k: _Dynamics) -> Tensor:
+        m = torch.zeros_like(x_TB[0], dtype=_state_dtype(x_TB))
+        s_TB = _steps_like(m, len(x_TB), x_TB.dtype)
+        for x, s in zip(x_TB, s_TB, strict=True):
+            _charge(x, m, decay, out=m)
+            _fire(m, k.gap, out=s)
+            _reset(m, s, k.drop, out=m)
+        ctx.save_for_backward(x_TB, *([decay] if isinstance(decay, Tensor) else []))
+        ctx.constants = decay if isinstance(decay, float) else None, k
+        return s_TB
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TB: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (x_TB, *learned), (constant, k) = ctx.saved_tensors, ctx.constants
+        decay = learned[0] if learned else constant
+        m = torch.zeros_like(x_TB[0], dtype=_state_dtype(x_TB))
+        s, d, grad_s = torch.empty_like(m), torch.empty_like(m), torch.empty_like(m)
+        h_TB = _steps_like(m, len(x_TB), m.dtype)
+        for x, h in zip(x_TB, h_TB, strict=True):
+            _charge(x, m, decay, out=h)
+            _reset(h, _fire(h, k.gap, out=s), k.drop, out=m)
+
+        grad_m = m.zero_()  # of the membrane after the reset; nothing reads the last one
+        grad_decay = m.new_zeros(()) if learned else None
+        for t in reversed(range(len(x_TB))):
+            h = h_TB[t]
+            derivative = SURROGATES[k.surrogate].derivative_(torch.sub(h, k.gap, out=d), k.alpha)
+            if k.detach_reset:
+                grad_s.copy_(grad_TB[t])
+            elif k.drop is None:
+                torch.addcmul(grad_TB[t], grad_m, h, value=-1, out=grad_s)
+            else:
+                torch.sub(grad_TB[t], grad_m, alpha=k.drop, out=grad_s)
+            if k.drop is None:
+                grad_m.addcmul_(grad_m, _fire(h, k.gap, out=s), value=-1)
+            grad_h = torch.addcmul(grad_m, grad_s, derivative, out=h)
+            if grad_decay is not None and t > 0:
+                before = h_TB[t - 1]
+                grad_decay += _reset(before, _fire(before, k.gap, out=s), k.drop, out=d).mul_(grad_h).sum()
+            torch.mul(grad_h, decay, out=grad_m)
+        return h_TB.to(x_TB.dtype), grad_decay, None
+
+
+def _steps_like(m: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised `[steps, *m.shape]` with every step laid out as the dense `m`, so channels_last stays so."""
+    return torch.empty_strided((steps, *m.shape), (m.numel(), *m.stride()), dtype=dtype, device=m.device)
+
+
+class SpikingNeuron(nn.Module):
+    """A layer of spiking neurons as a `NeuronConfig` describes them (Yu et al. 2025, eq. 1-3; PLIF: Fang et al. 2021).
+
+    Called with `[T*B, ...]` it returns spikes (0 or 1) of the same shape, dtype and memory format. The membrane
+    starts at its reset value, is kept in fp32 or wider, and is forgotten afterwards.
+    """
+
+    def __init__(self, config: NeuronConfig, num_timesteps: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_timesteps = num_timesteps
+        v_r = config.v_reset or 0.0
+        drop = config.threshold if config.v_reset is None else None
+        self._dynamics = _Dynamics(
+            config.threshold - v_r, drop, config.surrogate, float(config.slope), config.detach_reset
+        )
+        self._decay = 1.0 if config.kind == "if" else float(config.decay)
+        if config.kind == "plif":
+            self.w = nn.Parameter(torch.tensor(math.log(1 / config.decay - 1)))
+
+    @property
+    def decay(self) -> float | Tensor:
+        """Share of the membrane that a timestep keeps; a scalar tensor, 1 - sigmoid(w), for PLIF."""
+        return 1 - self.w.sigmoid() if self.config.kind == "plif" else self._decay
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes `[T*B, ...]` for currents `[T*B, ...]`, T-major."""
+        return self._run(x.view(self.num_timesteps, -1, *x.shape[1:]))
+
+    def constant(self, x: Tensor) -> Tensor:
+        """Spikes `[T*B, ...]` for a current `[B, ...]` that is the same at every timestep."""
+        return self._run(x.expand(self.num_timesteps, *x.shape))
+
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One timestep: `(spikes, state)` for a current `[B, ...]` and the state before it (None: at rest).
+
+        The state is the membrane minus its reset value, in fp32 or wider. T steps give what `forward` gives.
+        """
+        return self._step(x, state, self.decay)
+
+    def _step(self, x: Tensor, m: Tensor | None, decay: float | Tensor) -> tuple[Tensor, Tensor]:
+        k = self._dynamics
+        m = torch.zeros_like(x, dtype=_state_dtype(x)) if m is None else m
+        h = _charge(x, m, decay)
+        s = _Spike.apply(h, k.gap, k.surrogate, k.alpha)
+        return s.to(x.dtype), _reset(h, s.detach() if k.detach_reset else s, k.drop)
+
+    def _run(self, x_TB: Tensor) -> Tensor:
+        decay = self.decay
+        if not torch.compiler.is_compiling():
+            spikes: Tensor = _FoldedNeuron.apply(x_TB, decay, self._dynamics)
+            return spikes.flatten(0, 1)
+        steps, m = [], None
+        for x in x_TB.unbind(0):
+            s, m = self._step(x, m, decay)
+            steps.append(s)
+        return torch.cat(steps)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"T={self.num_timesteps}, {self.config}"
