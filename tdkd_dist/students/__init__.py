@@ -1,0 +1,54 @@
+"""The students, registered with timm, and `create_student`, which builds one as a recipe describes it."""
+
+import difflib
+from typing import Any
+
+import timm
+from torch import nn
+
+from tdkd_dist.config import StudentConfig
+from tdkd_dist.students import sew_resnet
+from tdkd_dist.students.base import SpikingNet
+
+__all__ = ["SpikingNet", "create_student", "is_spiking", "spiking_names"]
+
+_SEW = tuple(sew_resnet.default_cfgs)
+
+
+def spiking_names() -> tuple[str, ...]:
+    """Every spiking student, by the name that `timm.create_model` takes."""
+    return _SEW
+
+
+def is_spiking(model: nn.Module) -> bool:
+    """Whether the model gives logits `[T, B, K]`; one wrapped by torch.compile or DistributedDataParallel counts."""
+    for wrapper in ("_orig_mod", "module"):
+        model = getattr(model, wrapper, model)
+    return isinstance(model, SpikingNet)
+
+
+def create_student(cfg: StudentConfig) -> nn.Module:
+    """The network of a recipe's `student:` section, with fresh weights (`cfg.checkpoint` is not read).
+
+    A spiking student gets everything; any other timm model is an ordinary network and gets classes and channels.
+    Raises `ValueError`, naming the key, for an unknown model or an argument the model does not take.
+    """
+    spiking = cfg.model in spiking_names()
+    if not spiking and not timm.is_model(cfg.model.partition(".")[0]):
+        near = difflib.get_close_matches(cfg.model, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the students are {', '.join(spiking_names())}"
+        raise ValueError(f"student.model={cfg.model}: no such model; {hint}")
+    if cfg.connect is not None and cfg.model not in _SEW:
+        raise ValueError(f"student.connect={cfg.connect}: {cfg.model} has no such choice, only SEW-ResNets do")
+    if cfg.width is not None and not spiking:
+        raise ValueError(f"student.width={cfg.width}: {cfg.model} has no such choice, only spiking students do")
+    arguments: dict[str, Any] = {"num_classes": cfg.num_classes, "in_chans": cfg.in_chans}
+    if spiking:
+        arguments |= {
+            "num_timesteps": cfg.num_timesteps,
+            "neuron": cfg.neuron,
+            "connect": cfg.connect,
+            "width": cfg.width,
+        }
+    model: nn.Module = timm.create_model(cfg.model, **arguments)  # which drops arguments that are None
+    return model

@@ -1,0 +1,212 @@
+"""What every student shares: folding over time, the stem of a static image, stages, classifier, timm's interface.
+
+Shapes: T timesteps, B images, C channels, H, W pixels, K classes. Between the layers x is `[T*B, C, H, W]`, T-major.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from timm.models import build_model_with_cfg, register_model
+from torch import Tensor, nn
+
+from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
+
+Block = Callable[[int, int, int, float], nn.Module]
+"""Builds a block from input channels, width, stride and drop-path rate."""
+EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
+Net = TypeVar("Net", bound="SpikingNet")
+
+
+class SpikingNet(nn.Module):
+    """A spiking classifier: `[B, C, H, W]` images or `[T, B, C, H, W]` frames to logits `[T, B, K]`.
+
+    Every forward pass starts at rest and leaves nothing behind. The parts are a stem (`conv1`, `bn1`, then the neuron
+    `sn1` where there is one, then `maxpool`), the stages `layer1`, `layer2`, ..., the neuron `sn_head` where there is
+    one, and `fc` on the spatial mean. Subclasses build them.
+    """
+
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    sn1: SpikingNeuron | None = None
+    maxpool: nn.Module
+    sn_head: SpikingNeuron | None = None
+    fc: nn.Module
+    num_features: int
+    head_hidden_size: int
+    default_cfg: dict[str, Any]
+
+    def __init__(self, num_classes: int, in_chans: int, num_timesteps: int, neuron: NeuronConfig | None) -> None:
+        super().__init__()
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_timesteps = num_timesteps
+        self.neuron = neuron or NeuronConfig()
+
+    def make_neuron(self) -> SpikingNeuron:
+        """A layer of this student's neurons."""
+        return SpikingNeuron(self.neuron, self.num_timesteps)
+
+    def make_stages(
+        self, block: Block, widths: Sequence[int], depths: Sequence[int], first_stride: int, drop_path_rate: float
+    ) -> int:
+        """Add `layer1`, ..., of stride 2 from the second on, drop-path growing linearly; returns the channels."""
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        channels = self.conv1.out_channels
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            blocks = nn.Sequential()
+            for i in range(depth):
+                stride = 1 if i > 0 else first_stride if stage == 0 else 2
+                blocks.append(block(channels, width, stride, rates.pop(0)))
+                channels = int(blocks[-1].out_channels)  # type: ignore[arg-type]
+            setattr(self, f"layer{stage + 1}", blocks)
+        self.num_stages = len(depths)
+        return channels
+
+    def make_classifier(self, features: int) -> None:
+        """Add `fc` on `features` channels."""
+        self.num_features = self.head_hidden_size = features
+        self.reset_classifier(self.num_classes)
+
+    @property
+    def stages(self) -> Iterator[nn.Module]:
+        """`layer1`, `layer2`, ..."""
+        return (getattr(self, f"layer{i + 1}") for i in range(self.num_stages))
+
+    def set_num_timesteps(self, num_timesteps: int) -> None:
+        """Run so many timesteps from now on; more than in training is fine. Raises `ValueError` below 1."""
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps={num_timesteps}: must be at least 1")
+        self.num_timesteps = num_timesteps
+        for module in self.modules():
+            if isinstance(module, SpikingNeuron | TemporalDropPath):
+                module.num_timesteps = num_timesteps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[T, B, K]` for images `[B, C, H, W]` or frames `[T, B, C, H, W]`; features for `num_classes=0`."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Feature maps `[T, B, C, H, W]`, before pooling."""
+        x = self.forward_stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        if self.sn_head is not None:
+            x = self.sn_head(x)
+        return x.view(self.num_timesteps, -1, *x.shape[1:])
+
+    def forward_head(self, x_TBCHW: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits `[T, B, K]` of `forward_features`' maps, or with `pre_logits` what `fc` reads, `[T, B, C]`."""
+        x_TBC = x_TBCHW.mean((3, 4))
+        if pre_logits:
+            return x_TBC
+        logits_TBK: Tensor = self.fc(x_TBC)
+        return logits_TBK
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """What the first block reads, `[T*B, C, H, W]`; a static image passes convolution and batch norm once."""
+        T = self.num_timesteps
+        if x.ndim == 5:
+            if x.shape[0] != T:
+                raise ValueError(f"{x.shape[0]} frames, but num_timesteps={T}: call set_num_timesteps({x.shape[0]})")
+            x = self.bn1(self.conv1(x.flatten(0, 1)))
+            x = self.maxpool(x if self.sn1 is None else self.sn1(x))
+        elif x.ndim == 4:
+            x = batch_norm_repeated(self.bn1, self.conv1(x), T)
+            # Unlike repeat, cat keeps channels_last.
+            x = torch.cat([self.maxpool(x)] * T) if self.sn1 is None else self.maxpool(self.sn1.constant(x))
+        else:
+            raise ValueError(f"input of shape {list(x.shape)}: must be [B, C, H, W] or [T, B, C, H, W]")
+        return x
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that makes logits."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier for `num_classes`; 0: none, the student gives features `[T, B, C]`."""
+        if global_pool not in (None, "", "avg"):
+            raise ValueError(f"global_pool={global_pool}: must be avg")
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimiser builders must not decay: the learned leaks of PLIF."""
+        names = {name for name, m in self.named_modules() if isinstance(m, SpikingNeuron) and m.config.kind == "plif"}
+        return {f"{name}.w" for name in names}
+
+
+def batch_norm_repeated(bn: nn.Module, x: Tensor, repeats: int) -> Tensor:
+    """`bn(x)`, leaving the running statistics that `repeats` copies of x in one batch would have left.
+
+    Output, gradients and running mean do not depend on the number of copies; the running variance does, since it is
+    of n/(n-1) times the batch's, n counting every copy (over all ranks, with equal batches, under SyncBatchNorm).
+    """
+    assert isinstance(bn, nn.modules.batchnorm._BatchNorm)
+    before = None if bn.running_var is None else bn.running_var.clone()
+    y: Tensor = bn(x)
+    if not bn.training or bn.running_var is None or before is None or repeats == 1:
+        return y
+    n = x.numel() // x.shape[1]
+    if isinstance(bn, nn.SyncBatchNorm) and dist.is_initialized():
+        n *= dist.get_world_size(bn.process_group)
+    correction = (n - 1) / n * repeats * n / (repeats * n - 1)
+    momentum: float | Tensor | None = bn.momentum
+    if momentum is None:
+        assert bn.num_batches_tracked is not None
+        momentum = 1 / bn.num_batches_tracked
+    kept = before * (1 - momentum)
+    # Through .data, since autograd guards running_var for a backward pass that reads it in eval mode only.
+    bn.running_var.data.copy_(kept + (bn.running_var - kept) * correction)
+    return y
+
+
+class TemporalDropPath(nn.Module):
+    """Stochastic depth with one decision a sample, the same at every timestep (Huang et al. 2016)."""
+
+    def __init__(self, rate: float, num_timesteps: int) -> None:
+        super().__init__()
+        self.rate, self.num_timesteps = rate, num_timesteps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T*B, C, H, W]`, dropped samples zeroed, the others scaled by 1 / (1 - rate); the identity in eval mode."""
+        if self.rate == 0 or not self.training:
+            return x
+        mask = x.new_empty(x.shape[0] // self.num_timesteps, 1, 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        return x * torch.cat([mask] * self.num_timesteps)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"rate={self.rate:g}"
+
+
+def downsample(in_channels: int, out_channels: int, stride: int, bias: bool = False) -> nn.Sequential | None:
+    """A shortcut's 1x1 convolution and batch norm, or None where the identity fits."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias), nn.BatchNorm2d(out_channels))
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    """A padded 3x3 convolution."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=bias)
+
+
+def init_kaiming(net: nn.Module) -> None:
+    """He initialisation (fan-out) of every convolution (He et al. 2015)."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def register(entry_point: EntryPoint) -> EntryPoint:
+    """Give timm a student under its function's name."""
+    register_model(entry_point)
+    return entry_point
+
+
+def build(cls: type[Net], name: str, pretrained: bool, **kwargs: Any) -> Net:
+    """Build a registered student as timm does: default configuration attached, timm's own arguments understood."""
+    net = build_model_with_cfg(cls, name, pretrained, **kwargs)
+    assert isinstance(net, cls)
+    return net
