@@ -54,7 +54,7 @@ class DataConfig:
     workers: int | None = None
     """Loader threads a rank; None: this rank's share of the job's cores."""
     crop: Literal["random_resized", "shift", "none"] = "random_resized"
-    """Training crop: `random_resized` (area 0.08 to 1), `shift` (zero-padded by image_size / 8, as on CIFAR), `none`."""
+    """In training: `random_resized` (area 0.08 to 1), `shift` (zero-padded by image_size / 8, as on CIFAR), `none`."""
     flip: bool = True
     crop_pct: float = 0.875
     """Validation: side of the centre crop over the shorter side (224 / 256)."""
@@ -173,6 +173,8 @@ class TrainConfig:
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's ZeRO stage: 0 suits students of this size."""
     keep_checkpoints: int = 2
+    log_every: int = 20
+    """Optimiser steps between training rows of the record."""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 0, f"train.epochs={self.epochs}: must not be negative")
@@ -187,6 +189,7 @@ class TrainConfig:
             require(text in ("auto", "true", "false"), f"train.compile={self.compile}: must be auto, true or false")
             self.compile = {"true": True, "false": False}.get(text, "auto")
         require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: must be in [0, 1)")
+        require(self.log_every >= 1, f"train.log_every={self.log_every}: must be at least 1")
         require(self.keep_checkpoints >= 1, f"train.keep_checkpoints={self.keep_checkpoints}: must be at least 1")
 
 

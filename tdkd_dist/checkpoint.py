@@ -1,0 +1,127 @@
+"""Atomic checkpoints of a run's whole state, and restoring the newest valid one.
+
+A checkpoint is a folder `step-00001234` with the engine's state, one file of random-generator states a rank, the
+run's own facts, and a manifest of checksums. It is written under another name and renamed when it is complete.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tdkd_dist import distributed
+from tdkd_dist.engine import Engine
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with the weights."""
+
+    epoch: int = 0
+    """The epoch in hand; equal to `train.epochs` when all are done."""
+    step_in_epoch: int = 0
+    """Optimiser steps of it already taken."""
+    global_step: int = 0
+    best: float = -1.0
+    """Best validation so far: mean over t of top-1, in per cent."""
+    wandb_id: str | None = None
+
+
+def save(folder: Path, engine: Engine, progress: Progress, *, keep: int) -> Path:
+    """Write a checkpoint of the engine, this process's generators and `progress`; every rank must call it.
+
+    Returns its path. The newest `keep` checkpoints stay, older ones are removed.
+    """
+    final = folder / f"step-{progress.global_step:08d}"
+    temporary = folder / f"{final.name}.tmp"
+    if distributed.rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    distributed.barrier()
+    engine.save(temporary)
+    torch.save(_generator_states(), temporary / f"rng-{distributed.rank()}.pt")
+    distributed.barrier()
+    if distributed.rank() == 0:
+        (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
+        checksums = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+        (temporary / MANIFEST).write_text(json.dumps(checksums, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in list_checkpoints(folder)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+    distributed.barrier()
+    return final
+
+
+def restore(folder: Path, engine: Engine, say: Callable[[str], None]) -> Progress | None:
+    """Take up the newest valid checkpoint in `folder`; None if there is none. Every rank must call it."""
+    name = distributed.from_rank_0(_newest_valid(folder, say) if distributed.rank() == 0 else None)
+    if name is None:
+        return None
+    path = folder / name
+    engine.load(path)
+    generators = path / f"rng-{distributed.rank()}.pt"
+    if generators.is_file():
+        _set_generator_states(torch.load(generators, weights_only=False))
+    return Progress(**json.loads((path / "progress.json").read_text()))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, newest first."""
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.suffix != ".tmp"]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint at `path`, or None if every file matches its checksum."""
+    try:
+        checksums: dict[str, str] = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return "its manifest is missing or unreadable"
+    for name, checksum in checksums.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _sha256(file) != checksum:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _newest_valid(folder: Path, say: Callable[[str], None]) -> str | None:
+    for path in list_checkpoints(folder):
+        damage = find_damage(path)
+        if damage is None:
+            return path.name
+        say(f"checkpoint {path} is damaged ({damage}); trying the one before")
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _generator_states() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_generator_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

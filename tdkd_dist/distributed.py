@@ -1,0 +1,69 @@
+"""Facts about this process's rank, and exact sums across ranks. Everything also works in a single process."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=10)
+"""The longest that a collective waits for a rank that doesn't come."""
+
+
+# Flags, names and barriers travel over gloo, so that agreeing on them never waits for the GPU's queue of work.
+_control: dist.ProcessGroup | None = None
+
+
+def start(device: torch.device) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: nccl on a GPU, else gloo."""
+    global _control
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    global _control
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _control = None
+
+
+def rank() -> int:
+    """This process's number, 0 for a process on its own."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 for a process on its own."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum of every rank's `values` (counts in int64 or float64 stay exact)."""
+    total = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def any_rank(flag: bool) -> bool:
+    """True on all ranks if `flag` is set on one; every rank must call it."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_control)
+    return bool(value.item())
+
+
+def from_rank_0(value: str | None) -> str | None:
+    """Rank 0's string on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0, group=_control)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for every rank, at most `TIMEOUT`."""
+    if world_size() > 1:
+        dist.barrier(group=_control)

@@ -1,0 +1,149 @@
+"""The callable that submitit pickles and each rank runs: process group, stop flag, requeue. No model or data code."""
+
+import os
+import signal
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from tdkd_dist.config import Config
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Outcome:
+    """How a rank ended: `finished`, `stopped` (resumable, on request) or `refused` (a user's mistake, in `message`)."""
+
+    state: Literal["finished", "stopped", "refused"]
+    message: str = ""
+
+
+@dataclass
+class Job:
+    """One run, to be called on every rank; it resumes from the run folder's newest checkpoint, if there is one."""
+
+    config: Config
+    teacher_weights: str | None = None
+
+    def __call__(self) -> Outcome:
+        """Join the other ranks and run. A crash is raised; submitit records its traceback."""
+        flags = _SignalFlags()
+        environment = _export_environment(self.config)
+        from tdkd_dist import distributed
+
+        try:
+            finished = self._run(environment, flags)
+        except ValueError as error:
+            if not is_users_mistake(error):
+                raise
+            return Outcome("refused", str(error))
+        finally:
+            distributed.stop()
+        if not finished and flags.preempted:
+            flags.requeue(environment)
+        return Outcome("finished" if finished else "stopped")
+
+    def checkpoint(self) -> Any:
+        """What submitit runs again after preemption: the same job, since all its state is in the run folder."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _run(self, environment: Any, flags: "_SignalFlags") -> bool:
+        import torch
+
+        from tdkd_dist import distributed
+        from tdkd_dist.run_folder import RunFolder
+        from tdkd_dist.train import Place, run
+
+        cores = cores_per_rank(environment.local_world_size)
+        torch.set_num_threads(cores)
+        device = _device(self.config, environment.local_rank)
+        distributed.start(device)
+        place = Place(
+            device=device,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            workers=self.config.data.workers or cores,
+            teacher_weights=self.teacher_weights,
+        )
+        return run(self.config, RunFolder(self.config.run.folder.absolute()), place, flags.agreed)
+
+
+class _SignalFlags:
+    """Signals only set flags; the training loop asks `agreed` at step boundaries, so that all ranks save together.
+
+    USR2 is a preemption or the time limit near (submitit's signal): save and requeue. TERM and INT are the user's
+    wish: save and stop.
+    """
+
+    def __init__(self) -> None:
+        self.stop = self.preempted = False
+        self._submitit_handler = signal.getsignal(signal.SIGUSR2)
+        signal.signal(signal.SIGUSR2, self._set)
+        signal.signal(signal.SIGTERM, self._set)
+        signal.signal(signal.SIGINT, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.stop = True
+        self.preempted |= number == signal.SIGUSR2
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to end; every rank must call it."""
+        from tdkd_dist import distributed
+
+        return distributed.any_rank(self.stop)
+
+    def requeue(self, environment: Any) -> None:
+        """Let submitit requeue the job from rank 0; the scheduler then ends the others."""
+        if environment.rank == 0:
+            assert callable(self._submitit_handler)
+            self._submitit_handler(signal.SIGUSR2, None)
+        elif environment.cluster == "slurm":
+            time.sleep(300)
+
+
+def is_users_mistake(error: ValueError) -> bool:
+    """A `ValueError` that our own code raised; one from inside a library is a crash."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(PACKAGE)
+
+
+def cores_per_rank(ranks_on_node: int) -> int:
+    """This rank's equal share of the cores that the process may use."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
+
+
+def _export_environment(config: Config) -> Any:
+    """Set RANK, WORLD_SIZE and the rest from submitit's environment, and keep model hubs offline."""
+    import submitit
+
+    if config.launcher.nodes == 1:
+        # The host's own name need not resolve on a laptop.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment = submitit.helpers.TorchDistributedEnvironment()
+    if config.launcher.nodes == 1:
+        environment.master_addr = "127.0.0.1"
+    environment.export(set_cuda_visible_devices=False, overwrite=True)
+    environment.cluster = submitit.JobEnvironment().cluster
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return environment
+
+
+def _device(config: Config, local_rank: int) -> Any:
+    import torch
+
+    if config.launcher.gpus_per_node == 0:
+        return torch.device("cpu")
+    available = torch.cuda.device_count()
+    if local_rank >= available:
+        raise ValueError(
+            f"launcher.gpus_per_node={config.launcher.gpus_per_node}: rank {local_rank} of this node sees"
+            f" {available} GPUs; launcher.gpus_per_node=0 trains on the CPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,120 @@
+"""The objective: cross-entropy, distillation and self-distillation at every timestep.
+
+Yu et al., "Efficient Logit-based Knowledge Distillation of Deep Spiking Neural Networks for Full-Range Timestep
+Deployment", ICML 2025.
+
+Shapes: T timesteps, B batch, K classes, S what the terms see (T timesteps, or 1 for the ensemble alone).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LossTerms(NamedTuple):
+    """Scalars: `total = ce + alpha * kl + beta * sd`, each term the mean over timesteps and batch."""
+
+    total: Tensor
+    ce: Tensor
+    kl: Tensor
+    sd: Tensor
+
+
+class TemporalDistillationLoss(nn.Module):
+    """The paper's objective TWCE + alpha TWKL + beta TWSD (its eq. 11), and the baseline on the ensemble.
+
+    With student logits z_t, teacher logits q, labels y and temperature tau:
+
+    - ce = 1/T sum_t CE(z_t, y)
+    - kl = tau^2/T sum_t KL(softmax(q/tau) || softmax(z_t/tau))
+    - sd = tau^2/T sum_t KL(softmax(sg(s)/tau) || softmax(z_t/tau)), with sg stopping the gradient
+
+    `self_target` says what s is: "ensemble", the mean of z_t over all timesteps (the paper); "correct_only", the mean
+    over the timesteps that classify the sample correctly, zeros if none does (the paper's released code).
+    `target` says which logits stand for z_t in the terms: "temporal", each timestep's own; "ensemble", the mean over
+    all timesteps alone (standard logit distillation); "prefix", the mean over the first t timesteps, which is what is
+    deployed at t. The self-target is always made of the timesteps' own logits.
+    """
+
+    def __init__(
+        self,
+        alpha: float,
+        beta: float,
+        temperature: float,
+        self_target: Literal["ensemble", "correct_only"] = "ensemble",
+        *,
+        target: Literal["temporal", "ensemble", "prefix"] = "temporal",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if self_target not in ("ensemble", "correct_only"):
+            raise ValueError(f"loss.self_target={self_target}: must be ensemble or correct_only")
+        if target not in ("temporal", "ensemble", "prefix"):
+            raise ValueError(f"loss.target={target}: must be temporal, ensemble or prefix")
+        if not temperature > 0:
+            raise ValueError(f"loss.temperature={temperature}: must be positive")
+        self.alpha = alpha
+        self.beta = beta
+        self.temperature = temperature
+        self.self_target = self_target
+        self.target = target
+        self.label_smoothing = label_smoothing
+
+    def forward(self, student_logits_TBK: Tensor, teacher_logits_BK: Tensor | None, labels: Tensor) -> LossTerms:
+        """The terms for logits `[T, B, K]` and `[B, K]`, and labels `[B]` (classes) or `[B, K]` (probabilities).
+
+        Computed in fp32 or, for float64 logits, in float64. `teacher_logits_BK` may be None when alpha is 0. A term
+        whose weight is 0 is not computed and reads 0.
+        """
+        if self.alpha and teacher_logits_BK is None:
+            raise ValueError(f"loss.alpha={self.alpha} needs the teacher's logits")
+        z_TBK = _at_least_fp32(student_logits_TBK)
+        seen_SBK = self._seen(z_TBK)
+        S = seen_SBK.shape[0]
+        ce = F.cross_entropy(
+            seen_SBK.flatten(0, 1),
+            labels.repeat(S, *[1] * (labels.ndim - 1)),
+            label_smoothing=self.label_smoothing,
+        )
+        kl = sd = z_TBK.new_zeros(())
+        log_probs_SBK = F.log_softmax(seen_SBK / self.temperature, dim=-1)
+        if self.alpha and teacher_logits_BK is not None:
+            kl = self._divergence(_at_least_fp32(teacher_logits_BK).to(z_TBK.dtype), log_probs_SBK)
+        if self.beta:
+            sd = self._divergence(self._self_target(z_TBK.detach(), labels), log_probs_SBK)
+        return LossTerms(ce + self.alpha * kl + self.beta * sd, ce, kl, sd)
+
+    def _seen(self, z_TBK: Tensor) -> Tensor:
+        if self.target == "temporal":
+            return z_TBK
+        if self.target == "ensemble":
+            return z_TBK.mean(0, keepdim=True)
+        return ensembles(z_TBK)
+
+    def _self_target(self, z_TBK: Tensor, labels: Tensor) -> Tensor:
+        if self.self_target == "ensemble":
+            return z_TBK.mean(0)
+        classes_B = labels if labels.ndim == 1 else labels.argmax(-1)
+        correct_TB1 = (z_TBK.argmax(-1) == classes_B).unsqueeze(-1)
+        # 1e-8 as in the released code: a sample that no timestep gets right has an all-zero target.
+        return (z_TBK * correct_TB1).sum(0) / (correct_TB1.sum(0) + 1e-8)
+
+    def _divergence(self, target_BK: Tensor, log_probs_SBK: Tensor) -> Tensor:
+        target_log_probs_BK = F.log_softmax(target_BK.detach() / self.temperature, dim=-1)
+        per_class_SBK = F.kl_div(
+            log_probs_SBK, target_log_probs_BK.expand_as(log_probs_SBK), log_target=True, reduction="none"
+        )
+        return self.temperature**2 * per_class_SBK.sum(-1).mean()
+
+
+def ensembles(logits_TBK: Tensor) -> Tensor:
+    """`[T, B, K]`: the mean of the logits over the first t timesteps, for t = 1..T; what is deployed at t."""
+    T = logits_TBK.shape[0]
+    steps_T11 = torch.arange(1, T + 1, device=logits_TBK.device, dtype=logits_TBK.dtype).view(T, 1, 1)
+    return logits_TBK.cumsum(0) / steps_T11
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

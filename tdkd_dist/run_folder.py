@@ -1,0 +1,161 @@
+"""The layout of a run on disk.
+
+config.yaml               the resolved configuration
+environment.json          git revision, versions and hardware of the latest start
+log.txt                   what rank 0 said
+metrics.jsonl             one object a row
+checkpoints/              whole states, to resume from
+figures/                  accuracy against timestep
+student.safetensors       the last epoch's weights; student_best.safetensors the best's
+summary.json              the outcome; there once the run is finished
+submitit/, wandb/         each rank's own output; the W&B record
+"""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tdkd_dist.config import Config, flatten, read_config, save_config
+
+MAY_DIFFER = ("train.epochs", "train.max_steps", "launcher.", "run.")
+"""Keys that may change when a run is resumed: its length and where it runs (`run.` is checked on its own)."""
+PACKAGES = ("torch", "timm", "deepspeed", "ffcv", "submitit", "wandb", "numpy", "safetensors", "tdkd-dist")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run, and what is read from and written to them whole."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """The record, one JSON object a row."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        """What rank 0 said."""
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Whole states, to resume from."""
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """Pictures."""
+        return self.path / "figures"
+
+    @property
+    def jobs(self) -> Path:
+        """submitit's pickles, and each rank's own output."""
+        return self.path / "submitit"
+
+    @property
+    def summary_file(self) -> Path:
+        """The outcome of a finished run."""
+        return self.path / "summary.json"
+
+    @property
+    def student_file(self) -> Path:
+        """The last epoch's weights."""
+        return self.path / "student.safetensors"
+
+    @property
+    def best_student_file(self) -> Path:
+        """The weights with the best mean over t of top-1."""
+        return self.path / "student_best.safetensors"
+
+    def create(self, config: Config) -> None:
+        """Make the folder, or check that it holds the same run.
+
+        Raises `ValueError` naming `run.dir` if the folder can't be written, or the keys in which `config` differs from
+        the run that is there already.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"run.dir={self.path}: cannot be written ({error.strerror}); choose another") from error
+        if self.config_file.exists():
+            self.check_same(config)
+        for folder in (self.checkpoints, self.figures):
+            folder.mkdir(exist_ok=True)
+        temporary = self.config_file.with_suffix(".tmp")
+        save_config(config, temporary)
+        temporary.replace(self.config_file)
+        write_json(self.path / "environment.json", environment())
+
+    def check_same(self, config: Config) -> None:
+        """Raise `ValueError` naming the keys if `config` isn't the configuration of the run that is here."""
+        before, now = flatten(read_config(self.config_file)), flatten(config)
+        differing = [key for key in now if before[key] != now[key] and not key.startswith(MAY_DIFFER)]
+        if before["run.seed"] != now["run.seed"]:
+            differing.append("run.seed")
+        if differing:
+            changes = ", ".join(f"{key} ({before[key]} there, {now[key]} now)" for key in differing[:5])
+            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise ValueError(
+                f"{self.path} holds a run that differs in {changes}{more};"
+                " give this one another run.name or run.dir, or delete the folder"
+            )
+
+    def read_summary(self, config: Config) -> dict[str, Any] | None:
+        """The outcome if the run that `config` describes has finished here, at its full length."""
+        try:
+            summary: dict[str, Any] = json.loads(self.summary_file.read_text())
+        except (OSError, ValueError):
+            return None
+        same_length = (summary["epochs"], summary["max_steps"]) == (config.train.epochs, config.train.max_steps)
+        return summary if same_length else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` under a temporary name and rename it, so that `path` is never half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Git revision, versions of the packages that matter, and the machine."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _git_revision() -> str | None:
+    root = Path(__file__).resolve().parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,150 @@
+"""The frozen teacher: any timm model, fed with the student's crops in its own normalisation.
+
+Shapes: B batch, C channels, H and W pixels, K classes.
+"""
+
+from collections.abc import Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdkd_dist.config import DataConfig, TeacherConfig
+from tdkd_dist.weights import load_weights, read_metadata
+
+
+class Teacher(nn.Module):
+    """A frozen classifier in eval mode, behind the change from the student's normalisation to its own.
+
+    Crops keep their size unless the model's input size is fixed (`input_size`), when they are resized to it.
+    """
+
+    scale_C: Tensor
+    shift_C: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        student_mean: Sequence[float],
+        student_std: Sequence[float],
+        mean: Sequence[float],
+        std: Sequence[float],
+        input_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.input_size = input_size
+        own_std = torch.tensor(std, dtype=torch.float64)
+        scale = torch.tensor(student_std, dtype=torch.float64) / own_std
+        shift = (torch.tensor(student_mean, dtype=torch.float64) - torch.tensor(mean, dtype=torch.float64)) / own_std
+        self.renormalise = not (bool((scale == 1).all()) and bool((shift == 0).all()))
+        self.register_buffer("scale_C", scale.float(), persistent=False)
+        self.register_buffer("shift_C", shift.float(), persistent=False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """A teacher never leaves eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits `[B, K]` of images normalised for the student, `[B, C, H, W]`."""
+        x_BCHW = images_BCHW
+        if self.renormalise:
+            x_BCHW = x_BCHW * self.scale_C[:, None, None] + self.shift_C[:, None, None]
+        if self.input_size is not None and tuple(x_BCHW.shape[-2:]) != self.input_size:
+            x_BCHW = F.interpolate(x_BCHW, self.input_size, mode="bilinear", antialias=True)
+        logits_BK: Tensor = self.model(x_BCHW)
+        return logits_BK
+
+
+def create_teacher(
+    config: TeacherConfig, data: DataConfig, *, num_classes: int, in_chans: int, weights_file: str | None = None
+) -> Teacher:
+    """The teacher that a recipe describes, on the CPU.
+
+    `weights_file` holds timm's weights, fetched beforehand by `fetch_weights`. Raises `ValueError` naming
+    `teacher.name` or `teacher.checkpoint` for an unknown model, an unreadable file, or other classes than the data's.
+    """
+    assert config.name is not None
+    mean, std = data.mean, data.std
+    if config.checkpoint is not None:
+        model = _create(config.name, num_classes, in_chans)
+        load_weights(model, config.checkpoint, "teacher.checkpoint")
+        metadata = read_metadata(config.checkpoint) or {}
+        mean, std = metadata.get("mean", mean), metadata.get("std", std)
+    elif config.pretrained:
+        check_pretrained_classes(config.name, num_classes)
+        overlay = {"file": weights_file} if weights_file else {}
+        model = timm.create_model(
+            config.name,
+            pretrained=True,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            pretrained_cfg_overlay=overlay,
+        )
+        mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    else:
+        model = _create(config.name, num_classes, in_chans)
+    fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
+    size = tuple(model.pretrained_cfg["input_size"][-2:]) if fixed else None
+    return Teacher(model, student_mean=data.mean, student_std=data.std, mean=mean, std=std, input_size=size)
+
+
+def check_name(config: TeacherConfig) -> None:
+    """Raise `ValueError` naming `teacher.name` unless timm knows the model and, where wanted, has weights for it."""
+    assert config.name is not None
+    if not timm.is_model(config.name):
+        near = timm.list_models(f"*{config.name.split('.')[0][:6]}*")[:3]
+        raise ValueError(f"teacher.name={config.name}: timm has no such model; near it: {', '.join(near) or 'nothing'}")
+    if config.checkpoint is None and config.pretrained and timm.get_pretrained_cfg(config.name) is None:
+        raise ValueError(f"teacher.name={config.name}: timm has no weights of that tag; set teacher.checkpoint")
+
+
+def check_pretrained_classes(name: str, num_classes: int) -> None:
+    """Raise `ValueError` unless timm's weights of `name` have `num_classes` classes."""
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and cfg.num_classes != num_classes:
+        raise ValueError(
+            f"teacher.name={name}: timm's weights have {cfg.num_classes} classes and student.num_classes is"
+            f" {num_classes}; train a teacher on your data and set teacher.checkpoint"
+        )
+
+
+def fetch_weights(name: str) -> str:
+    """The local path of timm's weights of `name`, downloaded to the hub's cache if need be.
+
+    Called at submission, on a machine that has a network; jobs get the path. Raises `ValueError` when it can't.
+    """
+    from timm.models._hub import download_cached_file, hf_split
+
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None
+    try:
+        if cfg.hf_hub_id:
+            return _fetch_from_hub(*hf_split(cfg.hf_hub_id))
+        if cfg.url:
+            return str(download_cached_file(cfg.url))
+    except Exception as error:
+        raise ValueError(
+            f"teacher.name={name}: its weights are not in the cache and could not be fetched"
+            f" ({type(error).__name__}); run once where there is a network, or set teacher.checkpoint=FILE"
+        ) from error
+    raise ValueError(f"teacher.name={name}: timm has no weights of that tag; set teacher.checkpoint=FILE")
+
+
+def _fetch_from_hub(repo: str, revision: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return hf_hub_download(repo, "model.safetensors", revision=revision)
+    except EntryNotFoundError:
+        return hf_hub_download(repo, "pytorch_model.bin", revision=revision)
+
+
+def _create(name: str, num_classes: int, in_chans: int) -> nn.Module:
+    # "resnet34.tv_in1k" is an architecture and a tag of weights; without the weights only the architecture counts.
+    model: nn.Module = timm.create_model(name.split(".")[0], num_classes=num_classes, in_chans=in_chans)
+    return model

@@ -1,0 +1,335 @@
+"""The run on one rank: build the parts, loop over epochs, validate after every timestep, leave the results.
+
+Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tdkd_dist import checkpoint
+from tdkd_dist.checkpoint import Progress
+from tdkd_dist.config import Config
+from tdkd_dist.data.loaders import TrainLoader, ValLoader, make_train_loader, make_val_loader
+from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.engine import Engine, use_bf16
+from tdkd_dist.figures import draw_accuracy_against_timestep
+from tdkd_dist.losses import TemporalDistillationLoss
+from tdkd_dist.run_folder import RunFolder, write_json
+from tdkd_dist.students import create_student
+from tdkd_dist.teachers import Teacher, create_teacher
+from tdkd_dist.tracking import Log, Record, TrainMeter, format_seconds, format_table
+from tdkd_dist.validate import as_timesteps, validate
+from tdkd_dist.weights import load_weights, save_student
+
+COMPILE_PAYS_AFTER = 500
+"""Optimiser steps below which `train.compile=auto` doesn't compile: a cold compilation takes a minute or more."""
+
+
+@dataclass
+class Place:
+    """What this rank has to work with."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    workers: int
+    teacher_weights: str | None = None
+    """timm's weights of the teacher, fetched at submission."""
+
+
+@dataclass
+class Run:
+    """What training and mere evaluation have in common, on one rank."""
+
+    config: Config
+    folder: RunFolder
+    place: Place
+    log: Log
+    normalise: Normalise
+    validation: ValLoader
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes."""
+        device = self.place.device
+        return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(self.config, device))
+
+    def validate(self, model: nn.Module, num_timesteps: int) -> dict[str, float]:
+        """Metrics of `model` on the whole validation set, the same on every rank."""
+        return validate(
+            model,
+            self.validation,
+            self.normalise,
+            num_timesteps=num_timesteps,
+            device=self.place.device,
+            autocast=use_bf16(self.config, self.place.device),
+        )
+
+    def validate_student(self, model: nn.Module) -> dict[str, float]:
+        """The same of the student, as a row of the record."""
+        return {f"val/{key}": value for key, value in self.validate(model, self.config.eval_timesteps).items()}
+
+    def finish(self, record: Record, progress: Progress, row: dict[str, float]) -> None:
+        """Table, figure and summary: the outcome."""
+        T = self.config.eval_timesteps
+        top1 = [row[f"val/top1_t{t}"] for t in range(1, T + 1)]
+        record.write_curve(top1)
+        table = format_table(row, T)
+        self.log.say(table)
+        if self.place.rank == 0:
+            figure = draw_accuracy_against_timestep(self.folder.figures, {self.config.run.name: top1})
+            write_json(
+                self.folder.summary_file,
+                {
+                    "epochs": self.config.train.epochs,
+                    "max_steps": self.config.train.max_steps,
+                    "epoch": progress.epoch,
+                    "global_step": progress.global_step,
+                    "top1": top1,
+                    "best_top1_mean": max(progress.best, row["val/top1_mean"]),
+                    "table": table,
+                    "figure": str(figure),
+                },
+            )
+
+
+def run(config: Config, folder: RunFolder, place: Place, should_stop: Callable[[], bool]) -> bool:
+    """Carry the run in `folder` to its end, from its newest checkpoint if there is one.
+
+    `should_stop` is asked at every step boundary and must answer the same on all ranks. Returns False if it ended the
+    run early, with a checkpoint to go on from. Raises `ValueError` for a user's mistake that only the job can find.
+    """
+    validation = make_val_loader(
+        config.data,
+        batch_size=config.eval.batch_size or config.micro_batch,
+        rank=place.rank,
+        world_size=place.world_size,
+        device=place.device,
+        workers=place.workers,
+    )
+    normalise = Normalise(config.data.mean, config.data.std).to(place.device)
+    parts = Run(config, folder, place, Log(folder.log_file), normalise, validation)
+    torch.manual_seed(config.run.seed)
+    student = create_student(config.student)
+    if config.student.checkpoint is not None:
+        load_weights(student, config.student.checkpoint, "student.checkpoint")
+    student = student.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.train.epochs == 0:
+        return _evaluate(parts, student)
+    return Trainer.build(parts, student, should_stop).train()
+
+
+def _evaluate(parts: Run, student: nn.Module) -> bool:
+    record = Record(parts.folder, parts.config, parts.log, wandb_id=None, global_step=-1)
+    try:
+        row = parts.validate_student(student)
+        record.write({"epoch": 0, "global_step": 0, **row})
+        parts.finish(record, Progress(), row)
+    finally:
+        record.close()
+    return True
+
+
+@dataclass
+class Trainer:
+    """A training in progress, on one rank."""
+
+    parts: Run
+    engine: Engine
+    teacher: Teacher | None
+    loss: TemporalDistillationLoss
+    loader: TrainLoader
+    record: Record
+    progress: Progress
+    should_stop: Callable[[], bool]
+    resumed: bool
+
+    @classmethod
+    def build(cls, parts: Run, student: nn.Module, should_stop: Callable[[], bool]) -> "Trainer":
+        """Everything a training needs, in the state of the newest checkpoint if there is one."""
+        config, place, log = parts.config, parts.place, parts.log
+        loader = make_train_loader(
+            config.data,
+            batch_size=config.train.batch_size,
+            micro_batch=config.micro_batch,
+            rank=place.rank,
+            world_size=place.world_size,
+            seed=config.run.seed,
+            device=place.device,
+            workers=place.workers,
+        )
+        teacher = _build_teacher(parts)
+        engine = Engine(
+            student,
+            config,
+            device=place.device,
+            steps_per_epoch=loader.steps_per_epoch,
+            compiled=_compiles(config, loader.steps_per_epoch, place.device),
+        )
+        # Initialisation is the same on every rank; what the training itself draws is each rank's own.
+        torch.manual_seed(config.run.seed * 100_003 + place.rank)
+        restored = checkpoint.restore(parts.folder.checkpoints, engine, log.say)
+        progress = restored or Progress()
+        if restored:
+            log.say(f"resumed after epoch {progress.epoch}, at step {progress.global_step}")
+        last_step = progress.global_step if restored else -1
+        record = Record(parts.folder, config, log, wandb_id=progress.wandb_id, global_step=last_step)
+        progress.wandb_id = record.wandb_id
+        return cls(
+            parts, engine, teacher, make_loss(config), loader, record, progress, should_stop, restored is not None
+        )
+
+    def train(self) -> bool:
+        """To the end, or until asked to stop (False)."""
+        config, progress = self.parts.config, self.progress
+        try:
+            if self.teacher is not None and not self.resumed:
+                self._measure_teacher(self.teacher)
+            row: dict[str, float] | None = None
+            while not self._complete:
+                started = time.monotonic()
+                if not self._train_epoch():
+                    self._save()
+                    self.parts.log.say(f"stopped at step {progress.global_step}; the same command goes on from here")
+                    return False
+                self.engine.sync_buffers()
+                if self._complete or progress.epoch % config.eval.every == 0:
+                    row = self._validate(time.monotonic() - started)
+                self._save()
+            if row is None:
+                row = self.parts.validate_student(self.engine.deployed)
+            self._save_student(self.parts.folder.student_file)
+            self.parts.finish(self.record, progress, row)
+            return True
+        finally:
+            self.loader.close()
+            self.record.close()
+
+    def _train_epoch(self) -> bool:
+        """To the end of the epoch or of the run; False if asked to stop before."""
+        config, progress, engine = self.parts.config, self.progress, self.engine
+        engine.student.train()
+        meter = TrainMeter(self.parts.log, self.record, config, self.loader.steps_per_epoch)
+        batches = self.loader.epoch(progress.epoch, progress.step_in_epoch)
+        stop = False
+        while progress.step_in_epoch < self.loader.steps_per_epoch and not self._complete and not stop:
+            for _ in range(config.accumulation):
+                images_BCHW, labels_B = meter.wait_for(batches)
+                x_BCHW = self.parts.normalise(images_BCHW)
+                with self.parts.autocast:
+                    teacher_logits_BK = self.teacher(x_BCHW) if self.teacher is not None else None
+                terms = self.loss(as_timesteps(engine.forward(x_BCHW)), teacher_logits_BK, labels_B)
+                engine.backward(terms.total)
+                meter.add(terms)
+            progress.step_in_epoch += 1
+            progress.global_step += 1
+            meter.step(progress.epoch, progress.step_in_epoch, progress.global_step, engine.learning_rate)
+            stop = self.should_stop()
+        batches.close()
+        meter.flush(progress.epoch, progress.global_step, engine.learning_rate)
+        if progress.step_in_epoch == self.loader.steps_per_epoch:
+            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        return self._complete or not stop
+
+    @property
+    def _complete(self) -> bool:
+        train = self.parts.config.train
+        by_steps = train.max_steps is not None and self.progress.global_step >= train.max_steps
+        return by_steps or self.progress.epoch >= train.epochs
+
+    def _measure_teacher(self, teacher: Teacher) -> None:
+        """Record the teacher's accuracy, cross-entropy and mean top probability; `ValueError` if it is broken."""
+        config = self.parts.config.teacher
+        found = self.parts.validate(teacher, 1)
+        self.parts.log.say(
+            f"teacher {config.name}: top-1 {found['top1_t1']:.2f} %, cross-entropy {found['loss_t1']:.4f},"
+            f" mean top probability {found['confidence_t1']:.3f} on {int(found['samples'])} images"
+        )
+        self.record.write(
+            {
+                "epoch": 0,
+                "global_step": 0,
+                "teacher/top1": found["top1_t1"],
+                "teacher/top5": found["top5_t1"],
+                "teacher/cross_entropy": found["loss_t1"],
+                "teacher/confidence": found["confidence_t1"],
+            }
+        )
+        if found["top1_t1"] < config.min_top1:
+            raise ValueError(
+                f"teacher.min_top1={config.min_top1}: teacher {config.name} reaches {found['top1_t1']:.2f} % on"
+                " data.val; check its weights, the order of the classes and data.image_size"
+            )
+
+    def _validate(self, seconds: float) -> dict[str, float]:
+        progress, parts = self.progress, self.parts
+        row = parts.validate_student(self.engine.deployed)
+        self.record.write({"epoch": progress.epoch, "global_step": progress.global_step, **row})
+        curve = " ".join(f"{row[f'val/top1_t{t}']:.2f}" for t in range(1, parts.config.eval_timesteps + 1))
+        parts.log.say(
+            f"epoch {progress.epoch}/{parts.config.train.epochs}, step {progress.global_step}:"
+            f" top-1 after each timestep {curve} % ({format_seconds(seconds)})"
+        )
+        if row["val/top1_mean"] > progress.best:
+            progress.best = row["val/top1_mean"]
+            self._save_student(parts.folder.best_student_file)
+        return row
+
+    def _save(self) -> None:
+        folder, keep = self.parts.folder.checkpoints, self.parts.config.train.keep_checkpoints
+        checkpoint.save(folder, self.engine, self.progress, keep=keep)
+
+    def _save_student(self, path: Path) -> None:
+        config = self.parts.config
+        if self.parts.place.rank != 0:
+            return
+        save_student(
+            path,
+            self.engine.deployed.state_dict(),
+            config.student,
+            input_size=(config.student.in_chans, config.data.image_size, config.data.image_size),
+            mean=config.data.mean,
+            std=config.data.std,
+            extra={"run": config.run.name, "global_step": str(self.progress.global_step)},
+        )
+
+
+def make_loss(config: Config) -> TemporalDistillationLoss:
+    """The objective that a recipe's `loss` section describes."""
+    loss = config.loss
+    return TemporalDistillationLoss(
+        loss.alpha,
+        loss.beta,
+        loss.temperature,
+        loss.self_target,
+        target=loss.target,
+        label_smoothing=loss.label_smoothing,
+    )
+
+
+def _build_teacher(parts: Run) -> Teacher | None:
+    config, place = parts.config, parts.place
+    if config.loss.alpha == 0 or config.teacher.name is None:
+        return None
+    if config.teacher.checkpoint is None and not config.teacher.pretrained:
+        parts.log.say(f"warning: teacher {config.teacher.name} has random weights (teacher.pretrained=false)")
+    teacher = create_teacher(
+        config.teacher,
+        config.data,
+        num_classes=config.student.num_classes,
+        in_chans=config.student.in_chans,
+        weights_file=place.teacher_weights,
+    )
+    return teacher.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _compiles(config: Config, steps_per_epoch: int, device: torch.device) -> bool:
+    if config.train.compile != "auto":
+        return bool(config.train.compile)
+    steps = min(config.train.max_steps or 10**9, config.train.epochs * steps_per_epoch)
+    return device.type == "cuda" and steps >= COMPILE_PAYS_AFTER
