@@ -50,5 +50,8 @@ def create_student(cfg: StudentConfig) -> nn.Module:
             "connect": cfg.connect,
             "width": cfg.width,
         }
-    model: nn.Module = timm.create_model(cfg.model, **arguments)  # which drops arguments that are None
+    try:
+        model: nn.Module = timm.create_model(cfg.model, **arguments)  # which drops arguments that are None
+    except RuntimeError as error:
+        raise ValueError(f"student.model={cfg.model}: {error}") from error
     return model

@@ -1,0 +1,182 @@
+"""Weights in and out: safetensors that carry the student's configuration, and files that other programs wrote.
+
+A student's file has in its metadata a JSON object, `student`: the `student:` section of its recipe with every default
+filled in, `input_size` [C, H, W], and the `mean` and `std` its images were normalised with.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tdkd_dist.config import StudentConfig
+from tdkd_dist.neurons import NeuronConfig
+from tdkd_dist.students import create_student
+
+WRAPPERS = ("state_dict", "model")
+"""Keys under which training programs put a network's tensors."""
+
+
+def save_student(
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor],
+    student: StudentConfig,
+    *,
+    input_size: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write a student (or an ordinary network) so that `load_student` gives it back with nothing else to say.
+
+    The file appears under its name only when it is whole. `extra` is further metadata, text by key.
+    """
+    neuron = dataclasses.replace(student.neuron, surrogate_alpha=student.neuron.slope)
+    description = dataclasses.asdict(dataclasses.replace(student, neuron=neuron))
+    del description["checkpoint"]  # where training started is of no use on another machine
+    description |= {"input_size": list(input_size), "mean": list(mean), "std": list(std)}
+    metadata = {**(extra or {}), "format": "pt", "student": json.dumps(description)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """A file's metadata, `student` decoded; None if it holds no student's configuration. `ValueError` if unreadable."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    if not _is_safetensors(path):
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
+    if "student" not in metadata:
+        return None
+    return {**metadata, "student": json.loads(metadata["student"])}
+
+
+def load_student(path: str | os.PathLike[str]) -> nn.Module:
+    """The network that `save_student` or `tools/import_weights.py` wrote, in fp32 and eval mode.
+
+    Its `default_cfg` has the file's input size, mean and std. Raises `ValueError`, naming the file, if it is no such
+    file or its tensors do not fit its own configuration.
+    """
+    metadata = read_metadata(path)
+    if metadata is None:
+        raise ValueError(f"{path}: holds no student's configuration; tools/import_weights.py writes files that do")
+    description = metadata["student"]
+    shown = {key: description.pop(key) for key in ("input_size", "mean", "std")}
+    try:
+        student = StudentConfig(**description | {"neuron": NeuronConfig(**description["neuron"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: its student's configuration is not this version's: {error}") from error
+    model = create_student(student)
+    load_weights(model, path, "student.checkpoint")
+    model.default_cfg = model.pretrained_cfg = {  # type: ignore[assignment]
+        **model.default_cfg,  # type: ignore[dict-item]
+        **{key: tuple(value) for key, value in shown.items()},
+        "num_classes": student.num_classes,
+    }
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str], key: str) -> None:
+    """Load a safetensors file, or one that `torch.save` wrote, into a model that it must fit exactly.
+
+    A `state_dict` or `model` wrapper and a `module.` prefix are taken off. Raises `ValueError`, one line that starts
+    with `{key}={path}: ` and names the tensors, for anything that does not fit.
+    """
+    fit(model, read_tensors(path, key), f"{key}={path}")
+
+
+def read_tensors(path: str | os.PathLike[str], key: str, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
+    """A file's tensors by name, on the CPU, without wrapper and `module.` prefix; nothing in the file is executed."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{key}={path}: no such file")
+    try:
+        content = load_file(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{key}={path}: holds more than tensors, and nothing else is loaded") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{key}={path}: not a checkpoint, or cut short ({cause})") from error
+    for wrapper in wrappers:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{key}={path}: not a checkpoint: tensors by name wanted, found {_describe(content)}")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy `tensors` into the model; `ValueError`, starting with `where`, naming what does not fit."""
+    own = model.state_dict()
+    # Files from before batch norm counted its batches lack the count, which only momentum=None reads.
+    missing = [n for n in own if n not in tensors and not n.endswith("num_batches_tracked")]
+    extra = [n for n in tensors if n not in own]
+    shapes = [n for n in own if n in tensors and tensors[n].shape != own[n].shape]
+    classifier = [n for n in shapes if n.rpartition(".")[0] in _classifiers(model)]
+    faults = []
+    if classifier and all(tensors[n].ndim == own[n].ndim for n in classifier):
+        found, wanted = (t[classifier[0]].shape[0] for t in (tensors, own))
+        if found != wanted:
+            shapes = [n for n in shapes if n not in classifier]
+            faults.append(f"has {found} classes, {wanted} wanted")
+    if missing:
+        faults.append(f"lacks {_some(missing)}")
+    if extra:
+        faults.append(f"has {_some(extra)} that the model lacks")
+    if shapes:
+        faults.append("has " + _some([f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}" for n in shapes]))
+    if faults:
+        raise ValueError(f"{where}: {'; '.join(faults)}")
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    names = getattr(model, "default_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _some(names: Iterable[str], shown: int = 4) -> str:
+    names = list(names)
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
+
+
+def _describe(content: object) -> str:
+    if isinstance(content, Mapping):
+        return f"a dict with keys {_some(map(str, content))}" if content else "an empty dict"
+    return f"a {type(content).__name__}"
+
+
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """By content: eight bytes of header length, then a JSON object."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
