@@ -1,0 +1,399 @@
+"""FFCV files: writing them, describing them in a manifest, and telling a whole one from a broken one.
+
+FFCV's own `DatasetWriter` waits for ever when one of its processes dies, and its files differ from run to run. Here
+processes only encode, with FFCV's fields, and one process writes in order: the same source and options give the same
+bytes, and an error has a place to go. The manifest, `FILE.json` beside the file, holds a hash of everything in it that
+is not a picture, and that everything includes a checksum of each picture.
+"""
+
+import errno
+import json
+import os
+import signal
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tdkd_dist.data.crops import uniform_draws
+from tdkd_dist.data.layout import (
+    ALLOCATION,
+    DESCRIPTOR,
+    HEADER,
+    MODE_JPEG,
+    MODE_RAW,
+    PAGE_SIZE,
+    SAMPLE,
+    TYPE_IMAGE,
+    TYPE_INT,
+    VERSION,
+    Tables,
+    data_start,
+    read_tables,
+)
+from tdkd_dist.data.sources import Image, Source
+
+CHUNK = 32
+"""Pictures a task: enough to hide the cost of handing it over, few enough that many tasks fit in memory."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How pictures are stored; the defaults are those of ffcv-imagenet's ResNet-50 files."""
+
+    max_side: int = 500
+    """Larger pictures are shrunk so that their longer side is this; 0: never."""
+    jpeg_share: float = 0.5
+    """Share of the pictures stored as JPEG, the rest as raw pixels: less to read against less to decode."""
+    quality: int = 90
+    subset: float | None = None
+    """Only so many pictures (1 or more) or this share of them (less than 1), spread evenly over the classes."""
+    on_error: str = "stop"
+    """At a picture that cannot be read: `stop`, or `skip` and list it in the manifest."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"--max-side {self.max_side}: must be at least 1, or 0 for no limit": self.max_side >= 0,
+            f"--jpeg-share {self.jpeg_share}: must be in [0, 1]": 0 <= self.jpeg_share <= 1,
+            f"--quality {self.quality}: must be in 1 to 100": 1 <= self.quality <= 100,
+            f"--subset {self.subset}: must be a number of pictures, or a share between 0 and 1": self.subset is None
+            or 0 < self.subset < 1
+            or self.subset == int(self.subset) > 0,
+            f"--on-error {self.on_error}: must be stop or skip": self.on_error in ("stop", "skip"),
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a beton holds and where it came from."""
+
+    source_kind: str
+    source: str
+    source_signature: str
+    options: WriteOptions
+    num_samples: int
+    num_classes: int
+    class_names: list[str] | None
+    class_histogram: list[int]
+    mean: list[float]
+    """Of the pixels as stored, in [0, 1], for each channel."""
+    std: list[float]
+    file_size: int
+    tables_sha256: str
+    """Of the header, descriptors, sample table, checksums and allocation table."""
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BetonInfo:
+    """What `check_beton` found."""
+
+    path: Path
+    num_samples: int
+    manifest: Manifest | None
+
+    @property
+    def num_classes(self) -> int | None:
+        """From the manifest; None without one."""
+        return self.manifest.num_classes if self.manifest else None
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of the beton `path` lies."""
+    return path.with_name(path.name + ".json")
+
+
+def read_manifest(path: Path | str) -> Manifest | None:
+    """The manifest beside the beton `path`, None if there is none. Raises `ValueError` if it is not one."""
+    where = manifest_path(Path(path))
+    try:
+        content = json.loads(where.read_text())
+        options = WriteOptions(**content.pop("options"))
+        return Manifest(options=options, **content)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where}: not a manifest that write_beton wrote ({error})") from error
+
+
+def save_manifest(manifest: Manifest, path: Path) -> None:
+    """Write the manifest beside the beton `path`, whole or not at all."""
+    where = manifest_path(path)
+    partial = where.with_name(f".{where.name}.partial")
+    partial.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    os.replace(partial, where)
+
+
+def check_beton(path: Path | str, key: str) -> BetonInfo:
+    """Check that `path`, the value of the configuration's `key`, is a whole beton; the pictures are not read.
+
+    Raises `ValueError` starting with `key=path: ` for a file that is missing, truncated or no beton, for fields other
+    than `image` and `label`, and for tables that contradict each other or the manifest.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise ValueError("a folder, not an FFCV file (for an ImageFolder tree say data.format=imagefolder)")
+        tables = read_tables(path)
+        manifest = read_manifest(path)
+        if manifest is not None:
+            _check_manifest(manifest, tables, path.stat().st_size)
+    except FileNotFoundError as error:
+        raise ValueError(f"{key}={path}: no such file; tools/write_beton.py writes it") from error
+    except OSError as error:
+        raise ValueError(f"{key}={path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{key}={path}: {error}") from error
+    return BetonInfo(path, len(tables.samples), manifest)
+
+
+def _check_manifest(manifest: Manifest, tables: Tables, size: int) -> None:
+    if manifest.file_size != size:
+        raise ValueError(f"{size} bytes, but its manifest says {manifest.file_size}: truncated or replaced")
+    if manifest.num_samples != len(tables.samples):
+        raise ValueError(f"{len(tables.samples)} samples, but its manifest says {manifest.num_samples}")
+    if manifest.tables_sha256 != tables.sha256():
+        raise ValueError("its tables differ from what its manifest says: corrupt or replaced")
+
+
+def up_to_date(source: Source, dest: Path, options: WriteOptions) -> Manifest | None:
+    """The manifest of `dest` if that is a whole beton written from the same source with the same options, else None."""
+    try:
+        manifest = check_beton(dest, "DEST").manifest
+    except ValueError:
+        return None
+    if manifest is None or (manifest.source_kind, manifest.options) != (source.kind, options):
+        return None
+    return manifest if manifest.source_signature == source.signature() else None
+
+
+def write(
+    source: Source,
+    dest: Path | str,
+    options: WriteOptions | None = None,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Write `source` as the beton `dest`, with its manifest; `progress(done, total)` is called now and then.
+
+    The file appears under its name only when it is complete and has been read back. Raises `ValueError` naming the
+    picture that cannot be read, or the file that cannot be written.
+    """
+    dest, options = Path(dest), options or WriteOptions()
+    partial = dest.with_name(f".{dest.name}.partial")
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w+b") as file:
+            manifest = _write_all(file, source, options, workers, progress or (lambda done, total: None))
+        check_written(partial, manifest)
+        manifest_path(dest).unlink(missing_ok=True)
+        os.replace(partial, dest)
+        save_manifest(manifest, dest)
+    except OSError as error:
+        hint = "; nothing was written" if error.errno == errno.ENOSPC else ""
+        raise ValueError(f"{dest}: {error.strerror or error}{hint}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return manifest
+
+
+def check_written(path: Path, manifest: Manifest, most: int = 1000) -> None:
+    """Read the tables back, and at most `most` pictures, against the manifest. Raises `ValueError`."""
+    tables = read_tables(path)
+    _check_manifest(manifest, tables, path.stat().st_size)
+    spread = np.unique(np.linspace(0, len(tables.samples) - 1, most).astype(np.int64))
+    pixels = np.memmap(path, mode="r")
+    for index in spread:
+        at = tables.allocations[index]
+        if zlib.crc32(pixels[int(at["ptr"]) : int(at["ptr"] + at["size"])].tobytes()) != tables.checksums[index]:
+            raise ValueError(f"{path}: sample {index} does not read back as it was written: is the disk sound?")
+
+
+def choose(labels: NDArray[np.int64], subset: float | None) -> NDArray[np.int64]:
+    """Indices of the samples to write: all, or `subset` of them spread evenly over the classes."""
+    if subset is None:
+        return np.arange(len(labels))
+    count = round(len(labels) * subset) if subset < 1 else min(int(subset), len(labels))
+    spread = np.linspace(0, len(labels), max(1, count), endpoint=False).astype(np.int64)
+    return np.sort(np.argsort(labels, kind="stable")[spread])
+
+
+@dataclass
+class _Encoded:
+    """A picture as it will lie in the file, or why there is none."""
+
+    index: int
+    mode: int = MODE_RAW
+    height: int = 0
+    width: int = 0
+    data: bytes = b""
+    checksum: int = 0
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(7))
+    """Number of pixels, and per channel the sum of values and of squares, [7]."""
+    error: str | None = None
+
+
+def _write_all(
+    file: IO[bytes], source: Source, options: WriteOptions, workers: int, progress: Callable[[int, int], None]
+) -> Manifest:
+    chosen = choose(source.labels, options.subset)
+    samples = np.zeros(len(chosen), dtype=SAMPLE)
+    checksums = np.zeros(len(chosen), dtype="<u4")
+    allocations = np.zeros(len(chosen), dtype=ALLOCATION)
+    sums, skipped, done = np.zeros(7), [], 0
+    end = data_start(len(chosen))
+    for step, picture in enumerate(_encode_all(source, options, chosen, workers)):
+        if picture.error is not None:
+            if options.on_error == "stop":
+                raise ValueError(picture.error)
+            skipped.append(picture.error)
+            continue
+        page_left = PAGE_SIZE - end % PAGE_SIZE
+        start = end if len(picture.data) <= page_left else end + page_left
+        file.seek(start)
+        file.write(picture.data)
+        end = start + len(picture.data)
+        samples[done]["image"] = (picture.mode, picture.width, picture.height, start)
+        samples[done]["label"] = source.labels[picture.index]
+        allocations[done] = (done, start, len(picture.data))
+        checksums[done] = picture.checksum
+        sums += picture.sums
+        done += 1
+        progress(step + 1, len(chosen))
+    if done == 0:
+        raise ValueError(f"{source.path}: no picture in it could be read" if skipped else f"{source.path}: no pictures")
+    table_ptr = -(-end // PAGE_SIZE) * PAGE_SIZE
+    header = np.array((VERSION, 2, PAGE_SIZE, done, table_ptr), dtype=HEADER)
+    tables = Tables(header, _descriptors(), samples[:done], checksums[:done], allocations[:done])
+    _write_tables(file, tables)
+    return _describe(source, options, tables, sums, skipped)
+
+
+def _write_tables(file: IO[bytes], tables: Tables) -> None:
+    file.seek(int(tables.header["alloc_table_ptr"]))
+    file.write(tables.allocations.tobytes())
+    file.seek(0)
+    for part in (tables.header, tables.descriptors, tables.samples, tables.checksums):
+        file.write(part.tobytes())
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _descriptors() -> NDArray[np.void]:
+    descriptors = np.zeros(2, dtype=DESCRIPTOR)
+    for row, (name, type_id) in zip(descriptors, (("image", TYPE_IMAGE), ("label", TYPE_INT)), strict=True):
+        row["type_id"] = type_id
+        row["name"][: len(name)] = np.frombuffer(name.encode(), dtype=np.uint8)
+    return descriptors
+
+
+def _describe(
+    source: Source, options: WriteOptions, tables: Tables, sums: NDArray[np.float64], skipped: list[str]
+) -> Manifest:
+    labels = tables.samples["label"]
+    classes = len(source.class_names) if source.class_names is not None else int(labels.max()) + 1
+    mean = sums[1:4] / sums[0]
+    std = np.sqrt(np.maximum(0, sums[4:] / sums[0] - mean**2))
+    return Manifest(
+        source_kind=source.kind,
+        source=str(source.path),
+        source_signature=source.signature(),
+        options=options,
+        num_samples=len(labels),
+        num_classes=classes,
+        class_names=list(source.class_names) if source.class_names is not None else None,
+        class_histogram=np.bincount(labels, minlength=classes).tolist(),
+        mean=[round(float(m) / 255, 6) for m in mean],
+        std=[round(float(s) / 255, 6) for s in std],
+        file_size=int(tables.header["alloc_table_ptr"]) + tables.allocations.nbytes,
+        tables_sha256=tables.sha256(),
+        skipped=skipped,
+    )
+
+
+def _encode_all(source: Source, options: WriteOptions, chosen: NDArray[np.int64], workers: int) -> Iterator[_Encoded]:
+    """The chosen pictures in order, encoded by `workers` processes (1: by this one) a bounded way ahead."""
+    if workers == 1:
+        for index in chosen:
+            yield _encode(source, options, int(index))
+        return
+    chunks = (chosen[i : i + CHUNK].tolist() for i in range(0, len(chosen), CHUNK))
+    waiting: deque[Future[list[_Encoded]]] = deque()
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(source, options))
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_encode_chunk, chunk))
+            if len(waiting) >= 3 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Source, WriteOptions]
+
+
+def _start_worker(source: Source, options: WriteOptions) -> None:
+    global _worker
+    import cv2
+
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker = source, options
+
+
+def _encode_chunk(indices: list[int]) -> list[_Encoded]:
+    return [_encode(*_worker, index) for index in indices]
+
+
+def _encode(source: Source, options: WriteOptions, index: int) -> _Encoded:
+    """Read and encode one picture with FFCV's own field."""
+    import cv2
+    from ffcv.fields import RGBImageField
+
+    try:
+        pixels = _shrink(source.read(index), options.max_side)
+    except ValueError as error:
+        return _Encoded(index, error=str(error))
+    # A hash of the index, not a running generator: the choice must not depend on the number of workers.
+    share = 0.0 if source.lossless else options.jpeg_share
+    jpeg = uniform_draws(0, 0, np.array([index]), 1)[0, 0] < share or pixels.nbytes > PAGE_SIZE
+    parts: list[Image] = []
+
+    def allocate(size: int) -> tuple[int, Image]:
+        parts.append(np.empty(size, dtype=np.uint8))
+        return 0, parts[-1]
+
+    record = np.zeros(1, dtype=SAMPLE["image"])
+    RGBImageField("jpg" if jpeg else "raw", jpeg_quality=options.quality).encode(record, pixels, allocate)
+    data = parts[0].tobytes()
+    height, width = pixels.shape[:2]
+    if len(data) > PAGE_SIZE:
+        return _Encoded(index, error=f"{source.name(index)}: {width}x{height} does not fit a page; set --max-side")
+    mean, std = cv2.meanStdDev(pixels)
+    count = height * width
+    sums = np.concatenate([[count], count * mean[:, 0], count * (std[:, 0] ** 2 + mean[:, 0] ** 2)])
+    return _Encoded(index, MODE_JPEG if jpeg else MODE_RAW, height, width, data, zlib.crc32(data), sums)
+
+
+def _shrink(pixels: Image, max_side: int) -> Image:
+    """As FFCV's `max_resolution`, but a thin picture keeps one pixel of its shorter side."""
+    import cv2
+
+    height, width = pixels.shape[:2]
+    if max_side == 0 or max(height, width) <= max_side:
+        return pixels
+    scale = max_side / max(height, width)
+    size = max(1, int(scale * width)), max(1, int(scale * height))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))

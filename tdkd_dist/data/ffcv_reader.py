@@ -1,0 +1,246 @@
+"""Batches from a beton through FFCV: one compiled decoder that carries out the plans of `crops`.
+
+FFCV's own random decoders draw from an unseeded generator, its iterator leaves a waiting reader alone with a thread
+that has died, and its epochs fix the order at creation. Here a subclass of its decoder reads a plan made beforehand,
+and a subclass of its iterator takes any order, hands errors over, and stops when told to.
+
+Shapes: B pictures, H x W pixels, P columns of a plan.
+"""
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdkd_dist.data.crops import DOWN, FLIP, HEIGHT, LEFT, PLAN_COLUMNS, RIGHT, TOP, WIDTH, CropRule, Ints
+
+STALL_SECONDS = 600.0
+"""Longest wait for a batch from a thread that still lives."""
+DECODED = PLAN_COLUMNS
+"""The column after the plan, where the decoder writes whether it could."""
+
+
+class FfcvReader:
+    """Reads any order of samples from the beton `path`, in batches."""
+
+    def __init__(self, path: Path, *, batch_size: int, rule: CropRule, workers: int, device: torch.device):
+        from ffcv.fields.decoders import IntDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
+
+        self.path, self.rule = path, rule
+        on_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
+        self._decoder = _decoder_class()(rule.size)
+        with _keep_torch_threads():
+            self._loader = Loader(
+                str(path),
+                batch_size=batch_size,
+                num_workers=workers,
+                os_cache=True,
+                order=OrderOption.SEQUENTIAL,
+                drop_last=False,
+                pipelines={
+                    "image": [self._decoder, ToTensor(), *on_device, ToTorchImage()],
+                    "label": [IntDecoder(), ToTensor(), *on_device],
+                },
+            )
+        nodes = self._loader.graph.nodes
+        self._plan_node = next(node.id for node in nodes if getattr(node, "decoder", None) is self._decoder)
+        self._open: Any = None
+
+    def batches(self, order: Ints, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The samples `order` in batches: images [B, 3, H, W] uint8, labels [B].
+
+        Raises `ValueError` naming a sample that cannot be decoded, `RuntimeError` when the thread dies or stalls.
+        """
+        self.close()
+        if len(order) == 0:
+            return
+        threads = torch.get_num_threads()
+        self._open = iterator = _iterator_class()(self._loader, order, self._plan_node, self._plan_for(epoch))
+        try:
+            for images_BCHW, labels_B1 in iterator:
+                # FFCV's thread sets the thread count of the whole process when it starts.
+                torch.set_num_threads(threads)
+                yield images_BCHW, labels_B1.flatten()
+        finally:
+            iterator.close()
+
+    def close(self) -> None:
+        """End the iteration under way, if any, and its thread."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def _plan_for(self, epoch: int) -> Callable[[Ints], Ints]:
+        pictures = self._loader.reader.metadata["f0"]
+
+        def plan(indices_B: Ints) -> Ints:
+            chosen = pictures[indices_B]
+            return self.rule.plan(epoch, indices_B, chosen["height"].astype(np.int64), chosen["width"].astype(np.int64))
+
+        return plan
+
+
+class _keep_torch_threads:  # noqa: N801 -- used like a function
+    def __enter__(self) -> None:
+        self._threads = torch.get_num_threads()
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads)
+
+
+@cache
+def _decoder_class() -> Any:
+    from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+    from ffcv.libffcv import imdecode, resize_crop
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+
+    class PlanDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
+        """Decodes, then follows the plan in its second buffer."""
+
+        def __init__(self, size: int):
+            super().__init__()
+            self.size = size
+
+        def declare_state_and_memory(self, previous_state: Any) -> Any:
+            shape = (self.size, self.size, 3)
+            state = replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1"))
+            return state, (
+                AllocationQuery(shape, np.dtype("u1")),
+                AllocationQuery((PLAN_COLUMNS + 1,), np.dtype("i8")),
+            )
+
+        def generate_code(self) -> Callable[..., Any]:
+            read, threads = self.memory_read, Compiler.get_iterator()
+            decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
+            move, mirror = Compiler.compile(_move), Compiler.compile(_mirror)
+            jpeg = IMAGE_MODES["jpg"]
+
+            def decode(batch_indices: Any, memory: Any, metadata: Any, storage_state: Any) -> Any:
+                images, plans = memory
+                for i in threads(len(batch_indices)):
+                    field = metadata[batch_indices[i]]
+                    height, width = np.uint32(field["height"]), np.uint32(field["width"])
+                    data = read(field["data_ptr"], storage_state)
+                    plan, image = plans[i], images[i]
+                    if field["mode"] == jpeg:
+                        # FFCV keeps a full-size buffer for every sample of every batch ahead, 1 GB for 256 pictures.
+                        pixels = np.empty(height * width * np.uint32(3), np.uint8)
+                        plan[DECODED] = decode_jpeg(
+                            data, pixels, height, width, height, width, 0, 0, 1, 1, False, False
+                        )
+                    else:
+                        pixels = data
+                        plan[DECODED] = 0
+                    top, left = plan[TOP], plan[LEFT]
+                    picture = pixels.reshape(height, width, 3)
+                    resize(picture, top, top + plan[HEIGHT], left, left + plan[WIDTH], image)
+                    if plan[DOWN] != 0 or plan[RIGHT] != 0:
+                        move(image, plan[DOWN], plan[RIGHT])
+                    if plan[FLIP] != 0:
+                        mirror(image)
+                return images[: len(batch_indices)]
+
+            decode.is_parallel = True  # type: ignore[attr-defined]
+            return decode
+
+    return PlanDecoder
+
+
+def _move(image_HWC: Any, down: int, right: int) -> None:
+    """Move the picture in place, black behind it (compiled)."""
+    height, width, channels = image_HWC.shape
+    old = image_HWC.copy()
+    for y in range(height):
+        for x in range(width):
+            inside = 0 <= y - down < height and 0 <= x - right < width
+            for c in range(channels):
+                image_HWC[y, x, c] = old[y - down, x - right, c] if inside else 0
+
+
+def _mirror(image_HWC: Any) -> None:
+    """Swap left and right in place (compiled)."""
+    height, width, channels = image_HWC.shape
+    for y in range(height):
+        for x in range(width // 2):
+            for c in range(channels):
+                left = image_HWC[y, x, c]
+                image_HWC[y, x, c] = image_HWC[y, width - 1 - x, c]
+                image_HWC[y, width - 1 - x, c] = left
+
+
+@cache
+def _iterator_class() -> Any:
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    class GuardedIterator(EpochIterator):  # type: ignore[misc]
+        """FFCV's loader thread, with a plan for each batch, an ear for its errors and an end."""
+
+        def __init__(self, loader: Any, order: Ints, plan_node: int, plan: Callable[[Ints], Ints]):
+            self._plan_node, self._plan = plan_node, plan
+            self._error: BaseException | None = None
+            super().__init__(loader, order)
+
+        def run(self) -> None:
+            try:
+                if torch.cuda.is_available():
+                    # The buffers may be memory that kernels of the last epoch still read.
+                    self.current_stream.synchronize()
+                super().run()
+            except BaseException as error:
+                self._error = error
+
+        def run_pipeline(self, b_ix: int, batch_indices: Ints, batch_slot: int, cuda_event: Any) -> Any:
+            plans_BP = self.memory_allocations["operation"][self._plan_node][1][batch_slot][: len(batch_indices)]
+            plans_BP[:, :DECODED] = self._plan(batch_indices)
+            result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+            broken = batch_indices[plans_BP[:, DECODED] != 0]
+            if len(broken):
+                raise ValueError(f"sample {broken[0]} cannot be decoded; see tools/write_beton.py --verify")
+            return result
+
+        def __next__(self) -> Any:
+            item = self._wait()
+            if item is None:
+                self.close()
+                raise StopIteration
+            slot, result = item
+            if torch.cuda.is_available():
+                # FFCV only makes the GPU wait; its thread could then overwrite pinned memory that is still being sent.
+                self.cuda_streams[slot].synchronize()
+            return result
+
+        def _wait(self) -> Any:
+            deadline = time.monotonic() + STALL_SECONDS
+            while True:
+                alive = self.is_alive()
+                try:
+                    return self.output_queue.get(timeout=1.0 if alive else 0.0)
+                except queue.Empty:
+                    path = self.loader.fname
+                    if not alive:
+                        kind = ValueError if isinstance(self._error, ValueError) else RuntimeError
+                        raise kind(f"{path}: {self._error}") from self._error
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(f"{path}: no batch for {STALL_SECONDS:.0f} s") from None
+
+        def close(self) -> None:
+            super().close()
+            self.closed = True
+            while self.is_alive():
+                # The thread may be waiting for room in the queue.
+                with self.output_queue.mutex:
+                    self.output_queue.queue.clear()
+                    self.output_queue.not_full.notify()
+                self.join(timeout=0.1)
+
+    return GuardedIterator

@@ -1,0 +1,111 @@
+"""Batches from an ImageFolder tree through torch's DataLoader, with the same plans as FFCV's reader.
+
+Only the interpolation differs: Pillow's bilinear with antialiasing here, OpenCV's area average there.
+Shapes: B pictures, H x W pixels, P columns of a plan.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tdkd_dist.data.crops import DOWN, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, CropRule, Ints
+from tdkd_dist.data.sources import FolderSource, Image, Source
+
+STALL_SECONDS = 600
+"""Longest wait for a batch from a process that still lives."""
+
+Item = tuple[int, int]
+"""(epoch, index): what the sampler hands to the processes, which outlive an epoch."""
+
+
+class FolderReader:
+    """Reads any order of samples from a source of pictures, in batches, with `workers` processes."""
+
+    def __init__(self, source: FolderSource, *, batch_size: int, rule: CropRule, workers: int, device: torch.device):
+        self.path: Path = source.path
+        self._device = device
+        self._sampler = _Sampler(batch_size)
+        self._loader: DataLoader[Any] = DataLoader(
+            _Pictures(source, rule),
+            batch_sampler=self._sampler,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=True,
+            timeout=STALL_SECONDS,
+        )
+
+    def batches(self, order: Ints, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The samples `order` in batches: images [B, 3, H, W] uint8, labels [B].
+
+        Raises `ValueError` naming a picture that cannot be read, `RuntimeError` when a process dies.
+        """
+        self._sampler.items = [(epoch, int(index)) for index in order]
+        if len(order) == 0:
+            return
+        try:
+            for images_BHWC, labels_B in self._loader:
+                images_BCHW = images_BHWC.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+                yield images_BCHW, labels_B.to(self._device, non_blocking=True)
+        except ValueError as error:
+            # The DataLoader's message is the traceback of its process; the last line is ours.
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
+    def close(self) -> None:
+        """End the processes."""
+        self._sampler.items = []
+        iterator = self._loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._loader._iterator = None
+
+
+class _Sampler(Sampler[list[Item]]):
+    def __init__(self, batch_size: int):
+        self.items: list[Item] = []
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        items = self.items
+        for start in range(0, len(items), self.batch_size):
+            yield items[start : start + self.batch_size]
+
+
+class _Pictures(Dataset[tuple[Image, np.int64]]):
+    def __init__(self, source: Source, rule: CropRule):
+        self.source, self.rule = source, rule
+
+    def __getitem__(self, item: Item) -> tuple[Image, np.int64]:
+        epoch, index = item
+        pixels_HWC = self.source.read(index)
+        height, width = pixels_HWC.shape[:2]
+        plan_1P = self.rule.plan(epoch, np.array([index]), np.array([height]), np.array([width]))
+        return follow(plan_1P[0], pixels_HWC, self.rule.size), self.source.labels[index]
+
+
+def follow(plan_P: NDArray[np.int64], pixels_HWC: Image, size: int) -> Image:
+    """What the plan makes of a picture: [size, size, 3]."""
+    from PIL import Image as Pillow
+
+    top, left, height, width = (int(plan_P[column]) for column in (TOP, LEFT, HEIGHT, WIDTH))
+    box = (left, top, left + width, top + height)
+    resized = Pillow.fromarray(pixels_HWC).resize((size, size), Pillow.Resampling.BILINEAR, box=box)
+    image_HWC = np.array(resized)
+    down, right = int(plan_P[DOWN]), int(plan_P[RIGHT])
+    if down or right:
+        image_HWC = _moved(image_HWC, down, right)
+    return np.ascontiguousarray(image_HWC[:, ::-1]) if plan_P[FLIP] else image_HWC
+
+
+def _moved(image_HWC: Image, down: int, right: int) -> Image:
+    height, width = image_HWC.shape[:2]
+    moved_HWC = np.zeros_like(image_HWC)
+    moved_HWC[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image_HWC[
+        max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
+    ]
+    return moved_HWC

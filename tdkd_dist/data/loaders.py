@@ -1,0 +1,172 @@
+"""Training and validation batches: who sees which sample, in which order.
+
+The order of an epoch is one permutation of the whole set, a function of (seed, epoch). Step s of the global batch size
+B takes its elements s*B to (s+1)*B; a rank takes one contiguous slice of these, and cuts it into micro-batches. So two
+ranks see exactly the micro-batches that one rank with twice the accumulation sees. Augmentation is a function of
+(seed, epoch, sample index), see `crops`.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdkd_dist.config import DataConfig
+from tdkd_dist.data.beton import check_beton
+from tdkd_dist.data.crops import CropRule, Ints
+from tdkd_dist.data.sources import FolderSource
+
+Batch = tuple[Tensor, Tensor]
+"""Images uint8 [b, 3, H, W], channels_last, and labels int64 [b]; valid until the next one is asked for."""
+
+
+class Reader(Protocol):
+    """Batches of any order of samples."""
+
+    def batches(self, order: Ints, epoch: int) -> Iterator[Batch]:
+        """The samples `order`, in batches, augmented for `epoch`."""
+        ...
+
+    def close(self) -> None:
+        """Free threads and processes."""
+        ...
+
+
+class TrainLoader:
+    """This rank's part of the training set, epoch by epoch."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        num_samples: int,
+        num_classes: int | None,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ):
+        self.num_samples, self.num_classes = num_samples, num_classes
+        self.steps_per_epoch = num_samples // batch_size
+        self._reader, self._batch_size, self._seed = reader, batch_size, seed
+        self._rank, self._world_size = rank, world_size
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """This rank's micro-batches of an epoch, in order, from global step `start_step` on.
+
+        Raises `ValueError` naming a sample that cannot be decoded, `RuntimeError` if the reader dies or stalls.
+        """
+        order = rank_order(
+            epoch_order(self._seed, epoch, self.num_samples)[: self.steps_per_epoch * self._batch_size],
+            batch_size=self._batch_size,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        return self._reader.batches(order[start_step * self._batch_size // self._world_size :], epoch)
+
+    def close(self) -> None:
+        """Free threads and processes."""
+        self._reader.close()
+
+
+class ValLoader:
+    """This rank's part of the validation set; every sample is in exactly one rank's part, once."""
+
+    def __init__(self, reader: Reader, num_samples: int, num_classes: int | None, *, rank: int, world_size: int):
+        self.num_samples, self.num_classes = num_samples, num_classes
+        self._reader, self._order = reader, np.arange(num_samples)[rank::world_size]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass. Raises as `TrainLoader.epoch` does."""
+        return self._reader.batches(self._order, 0)
+
+    def close(self) -> None:
+        """Free threads and processes."""
+        self._reader.close()
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> Ints:
+    """The order in which all ranks together see the samples."""
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+def rank_order(order: Ints, *, batch_size: int, rank: int, world_size: int) -> Ints:
+    """What one rank sees of `order`, whose length is a multiple of the global `batch_size`."""
+    return order.reshape(-1, world_size, batch_size // world_size)[:, rank].reshape(-1)
+
+
+def make_train_loader(
+    data: DataConfig,
+    *,
+    batch_size: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    device: torch.device,
+    workers: int,
+) -> TrainLoader:
+    """Open `data.train`; `batch_size` is the global batch. Raises `ValueError` naming the key that is wrong."""
+    if batch_size % world_size or batch_size // world_size % micro_batch:
+        raise ValueError(
+            f"train.batch_size={batch_size} does not divide over {world_size} ranks in micro-batches of {micro_batch}"
+        )
+    rule = CropRule(data.image_size, data.crop, flip=data.flip, seed=seed)
+    reader, num_samples, num_classes = _open("train", data, rule, micro_batch, device, workers)
+    if num_samples < batch_size:
+        reader.close()
+        raise ValueError(f"train.batch_size={batch_size}: data.train={data.train} holds only {num_samples} samples")
+    return TrainLoader(
+        reader, num_samples, num_classes, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed
+    )
+
+
+def make_val_loader(
+    data: DataConfig, *, batch_size: int, rank: int, world_size: int, device: torch.device, workers: int
+) -> ValLoader:
+    """Open `data.val`; `batch_size` is one rank's. Raises `ValueError` naming the key that is wrong."""
+    rule = CropRule(data.image_size, "center", crop_pct=data.crop_pct)
+    reader, num_samples, num_classes = _open("val", data, rule, batch_size, device, workers)
+    return ValLoader(reader, num_samples, num_classes, rank=rank, world_size=world_size)
+
+
+def default_workers(ranks_on_node: int) -> int:
+    """Loader threads of one rank: its share of the cores that this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
+
+
+def _open(
+    split: str, data: DataConfig, rule: CropRule, batch_size: int, device: torch.device, workers: int
+) -> tuple[Reader, int, int | None]:
+    """The reader of `data.train` or `data.val`, with the number of samples and, where known, of classes."""
+    key, path = f"data.{split}", data.train if split == "train" else data.val
+    if path is None:
+        raise ValueError(f"{key} is not set: give a {'beton' if data.format == 'ffcv' else 'folder'}")
+    if data.format == "imagefolder":
+        from tdkd_dist.data.folder_reader import FolderReader
+
+        source = _open_folder(key, path)
+        reader = FolderReader(source, batch_size=batch_size, rule=rule, workers=workers, device=device)
+        return reader, len(source.labels), len(source.class_names)
+    info = check_beton(path, key)
+    try:
+        from tdkd_dist.data.ffcv_reader import FfcvReader
+
+        return (
+            FfcvReader(Path(path), batch_size=batch_size, rule=rule, workers=workers, device=device),
+            info.num_samples,
+            info.num_classes,
+        )
+    except ImportError as error:
+        raise ValueError(f"data.format=ffcv: {error}; install ffcv, or say data.format=imagefolder") from error
+
+
+def _open_folder(key: str, path: str) -> FolderSource:
+    try:
+        return FolderSource(Path(path))
+    except ValueError as error:
+        raise ValueError(f"{key}={error}") from error

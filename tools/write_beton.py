@@ -1,0 +1,124 @@
+"""Write a set of pictures as an FFCV file: python tools/write_beton.py SOURCE DEST [--split train|val] [options].
+
+SOURCE: the folder of an ImageFolder tree, an idx image file, or a folder of idx files (with --split).
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from tdkd_dist.data.beton import Manifest, WriteOptions, up_to_date, write
+from tdkd_dist.data.sources import open_source
+
+USAGE = """usage: python tools/write_beton.py SOURCE DEST [--split train|val] [--max-side 500] [--jpeg-share 0.5]
+           [--quality 90] [--subset N] [--on-error stop|skip] [--workers N] [--force]
+SOURCE: an ImageFolder tree, an idx image file, or a folder of idx files. --help says more."""
+
+
+def main(argv: list[str]) -> int:
+    """Write the beton; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    if not argv:
+        print(USAGE, file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        args = parse(argv)
+        report(args.dest, *run(args))
+    except ValueError as error:
+        print(f"write_beton: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("write_beton: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a mistake told in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what `main` prints."""
+        raise ValueError(message)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises `ValueError`."""
+    defaults = WriteOptions()
+    parser = Parser(prog="write_beton", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("dest", type=Path, metavar="DEST")
+    parser.add_argument("--split", choices=("train", "val"), help="which part of a source that holds both")
+    parser.add_argument(
+        "--max-side", type=int, default=defaults.max_side, help="shrink pictures to this longer side; 0: never (500)"
+    )
+    parser.add_argument(
+        "--jpeg-share", type=float, default=defaults.jpeg_share, help="share stored as JPEG, the rest raw (0.5)"
+    )
+    parser.add_argument("--quality", type=int, default=defaults.quality, help="of the JPEGs (90)")
+    parser.add_argument("--subset", type=float, help="only so many pictures, or a share below 1, of all classes alike")
+    parser.add_argument("--on-error", default=defaults.on_error, help="at a broken picture: stop, or skip and list it")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
+    parser.add_argument("--force", action="store_true", help="replace a DEST that was written differently")
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: must be at least 1")
+    return args
+
+
+def run(args: argparse.Namespace) -> tuple[Manifest, str]:
+    """Write unless DEST is already there; the manifest and what was done."""
+    options = WriteOptions(args.max_side, args.jpeg_share, args.quality, args.subset, args.on_error)
+    source = open_source(args.source, args.split)
+    manifest = up_to_date(source, args.dest, options)
+    if manifest is not None:
+        return manifest, "is already there"
+    if args.dest.exists() and not args.force:
+        raise ValueError(f"{args.dest}: exists, but not from this source with these options; --force replaces it")
+    progress = Progress()
+    try:
+        return write(source, args.dest, options, workers=args.workers, progress=progress), "written"
+    finally:
+        progress.close()
+
+
+def report(dest: Path, manifest: Manifest, done: str) -> None:
+    """Say what is there now."""
+    print(
+        f"{dest} {done}: {manifest.num_samples:,} pictures of {manifest.num_classes} classes,"
+        f" {manifest.file_size / 1e6:,.1f} MB, mean {manifest.mean}, std {manifest.std}"
+    )
+    if manifest.skipped:
+        print(f"{len(manifest.skipped)} broken pictures were skipped; the manifest {dest}.json lists them")
+
+
+class Progress:
+    """A bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(unit=" pictures", disable=not sys.stderr.isatty(), leave=False)
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` pictures are written."""
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and now - self._last >= 10:
+            self._last = now
+            rate = done / (now - self._start)
+            left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
+            print(f"{done:,} of {total:,} pictures, {rate:,.0f}/s, {left} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
