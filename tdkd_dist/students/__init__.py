@@ -7,7 +7,7 @@ import timm
 from torch import nn
 
 from tdkd_dist.config import StudentConfig
-from tdkd_dist.students import sew_resnet
+from tdkd_dist.students import ms_resnet, sew_resnet, spiking_resnet
 from tdkd_dist.students.base import SpikingNet
 
 __all__ = ["SpikingNet", "create_student", "is_spiking", "spiking_names"]
@@ -17,7 +17,7 @@ _SEW = tuple(sew_resnet.default_cfgs)
 
 def spiking_names() -> tuple[str, ...]:
     """Every spiking student, by the name that `timm.create_model` takes."""
-    return _SEW
+    return (*_SEW, *ms_resnet.default_cfgs, *spiking_resnet.default_cfgs)
 
 
 def is_spiking(model: nn.Module) -> bool:

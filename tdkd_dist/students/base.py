@@ -13,10 +13,21 @@ from torch import Tensor, nn
 
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 
-Block = Callable[[int, int, int, float], nn.Module]
+Block = Callable[[int, int, int, float], "ResidualBlock"]
 """Builds a block from input channels, width, stride and drop-path rate."""
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 Net = TypeVar("Net", bound="SpikingNet")
+
+
+class ResidualBlock(nn.Module):
+    """A block of a stage, `[T*B, C, H, W]` in and out."""
+
+    out_channels: int
+
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        """The residual branch's last batch norm."""
+        raise NotImplementedError
 
 
 class SpikingNet(nn.Module):
@@ -57,16 +68,24 @@ class SpikingNet(nn.Module):
             blocks = nn.Sequential()
             for i in range(depth):
                 stride = 1 if i > 0 else first_stride if stage == 0 else 2
-                blocks.append(block(channels, width, stride, rates.pop(0)))
-                channels = int(blocks[-1].out_channels)  # type: ignore[arg-type]
+                built = block(channels, width, stride, rates.pop(0))
+                channels = built.out_channels
+                blocks.append(built)
             setattr(self, f"layer{stage + 1}", blocks)
         self.num_stages = len(depths)
         return channels
 
-    def make_classifier(self, features: int) -> None:
-        """Add `fc` on `features` channels."""
-        self.num_features = self.head_hidden_size = features
+    def make_classifier(self, features: int, hidden: int | None = None) -> None:
+        """Add `fc` on `features` channels, or on the `hidden` ones between them and `fc`."""
+        self.num_features, self.head_hidden_size = features, hidden or features
         self.reset_classifier(self.num_classes)
+
+    def init_weights(self, zero_init_last: bool) -> None:
+        """Initialise what differs from PyTorch's default: the last BN weight of each block at 0, if wanted."""
+        if zero_init_last:
+            for module in self.modules():
+                if isinstance(module, ResidualBlock):
+                    nn.init.zeros_(module.last_bn.weight)
 
     @property
     def stages(self) -> Iterator[nn.Module]:
@@ -98,8 +117,10 @@ class SpikingNet(nn.Module):
     def forward_head(self, x_TBCHW: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits `[T, B, K]` of `forward_features`' maps, or with `pre_logits` what `fc` reads, `[T, B, C]`."""
         x_TBC = x_TBCHW.mean((3, 4))
-        if pre_logits:
-            return x_TBC
+        return x_TBC if pre_logits else self.classify(x_TBC)
+
+    def classify(self, x_TBC: Tensor) -> Tensor:
+        """Logits `[T, B, K]` of what `fc` reads."""
         logits_TBK: Tensor = self.fc(x_TBC)
         return logits_TBK
 

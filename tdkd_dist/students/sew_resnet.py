@@ -11,7 +11,8 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
-from tdkd_dist.students.base import SpikingNet, TemporalDropPath, build, conv3x3, downsample, init_kaiming, register
+from tdkd_dist.students import base
+from tdkd_dist.students.base import conv3x3
 
 Connect = Literal["ADD", "AND", "IAND"]
 MakeNeuron = Callable[[], SpikingNeuron]
@@ -24,7 +25,7 @@ def join(a: Tensor, b: Tensor, connect: Connect) -> Tensor:
     return a * b if connect == "AND" else a * (1 - b)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(base.ResidualBlock):
     """Twice conv3x3 - BN - neuron, joined with the identity; IAND is identity * (1 - out)."""
 
     expansion = 1
@@ -44,10 +45,9 @@ class BasicBlock(nn.Module):
         self.connect: Connect = connect
         self.conv1, self.bn1, self.sn1 = conv3x3(in_channels, width, stride), nn.BatchNorm2d(width), make_neuron()
         self.conv2, self.bn2, self.sn2 = conv3x3(width, width), nn.BatchNorm2d(width), make_neuron()
-        self.last_bn = "bn2"
-        self.downsample = downsample(in_channels, width, stride)
+        self.downsample = base.downsample(in_channels, width, stride)
         self.downsample_sn = None if self.downsample is None else make_neuron()
-        self.drop_path = TemporalDropPath(drop_path, self.sn1.num_timesteps)
+        self.drop_path = base.TemporalDropPath(drop_path, self.sn1.num_timesteps)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T*B, C, H, W]` in and out."""
@@ -57,8 +57,13 @@ class BasicBlock(nn.Module):
             x = self.downsample_sn(self.downsample(x))
         return join(x, out, self.connect)
 
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        """The residual branch's last batch norm."""
+        return self.bn2
 
-class Bottleneck(nn.Module):
+
+class Bottleneck(base.ResidualBlock):
     """conv1x1, conv3x3 with the stride, conv1x1, each - BN - neuron; IAND is out * (1 - identity)."""
 
     expansion = 4
@@ -81,10 +86,9 @@ class Bottleneck(nn.Module):
         self.conv2, self.bn2, self.sn2 = conv3x3(width, width, stride), nn.BatchNorm2d(width), make_neuron()
         self.conv3, self.bn3 = nn.Conv2d(width, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
         self.sn3 = make_neuron()
-        self.last_bn = "bn3"
-        self.downsample = downsample(in_channels, out_channels, stride)
+        self.downsample = base.downsample(in_channels, out_channels, stride)
         self.downsample_sn = None if self.downsample is None else make_neuron()
-        self.drop_path = TemporalDropPath(drop_path, self.sn1.num_timesteps)
+        self.drop_path = base.TemporalDropPath(drop_path, self.sn1.num_timesteps)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T*B, C, H, W]` in and out."""
@@ -95,8 +99,13 @@ class Bottleneck(nn.Module):
             x = self.downsample_sn(self.downsample(x))
         return join(out, x, self.connect)
 
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        """The residual branch's last batch norm."""
+        return self.bn3
 
-class SEWResNet(SpikingNet):
+
+class SEWResNet(base.SpikingNet):
     """Stem conv - BN - neuron - max-pool, then SEW blocks.
 
     `width` is the first stage's; `small_stem` is a 3x3 convolution of stride 2 without a pool, for images of about
@@ -132,11 +141,12 @@ class SEWResNet(SpikingNet):
         make_block = partial(block, connect=connect, make_neuron=self.make_neuron)
         widths = [width * 2**stage for stage in range(len(depths))]
         self.make_classifier(self.make_stages(make_block, widths, depths, 1, drop_path_rate))
-        init_kaiming(self)
-        if zero_init_last:
-            for module in self.modules():
-                if isinstance(module, BasicBlock | Bottleneck):
-                    nn.init.zeros_(getattr(module, module.last_bn).weight)
+        self.init_weights(zero_init_last)
+
+    def init_weights(self, zero_init_last: bool) -> None:
+        """He initialisation of the convolutions, then as every student."""
+        base.init_kaiming(self)
+        super().init_weights(zero_init_last)
 
 
 def _cfg(input_size: tuple[int, int, int] = (3, 224, 224)) -> dict[str, Any]:
@@ -148,38 +158,38 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register
+@base.register
 def sew_resnet8(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """Three blocks of widths w, 2w, 4w (w = 24) behind a 3x3 stem of stride 2: for images of 28 or 32 pixels."""
     kwargs = {"width": 24, "small_stem": True} | kwargs
-    return build(SEWResNet, "sew_resnet8", pretrained, block=BasicBlock, depths=(1, 1, 1), **kwargs)
+    return base.build(SEWResNet, "sew_resnet8", pretrained, block=BasicBlock, depths=(1, 1, 1), **kwargs)
 
 
-@register
+@base.register
 def sew_resnet18(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-18; see `SEWResNet` for the arguments."""
-    return build(SEWResNet, "sew_resnet18", pretrained, block=BasicBlock, depths=(2, 2, 2, 2), **kwargs)
+    return base.build(SEWResNet, "sew_resnet18", pretrained, block=BasicBlock, depths=(2, 2, 2, 2), **kwargs)
 
 
-@register
+@base.register
 def sew_resnet34(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-34; see `SEWResNet` for the arguments."""
-    return build(SEWResNet, "sew_resnet34", pretrained, block=BasicBlock, depths=(3, 4, 6, 3), **kwargs)
+    return base.build(SEWResNet, "sew_resnet34", pretrained, block=BasicBlock, depths=(3, 4, 6, 3), **kwargs)
 
 
-@register
+@base.register
 def sew_resnet50(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-50; see `SEWResNet` for the arguments."""
-    return build(SEWResNet, "sew_resnet50", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), **kwargs)
+    return base.build(SEWResNet, "sew_resnet50", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), **kwargs)
 
 
-@register
+@base.register
 def sew_resnet101(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-101; see `SEWResNet` for the arguments."""
-    return build(SEWResNet, "sew_resnet101", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), **kwargs)
+    return base.build(SEWResNet, "sew_resnet101", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), **kwargs)
 
 
-@register
+@base.register
 def sew_resnet152(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-152; see `SEWResNet` for the arguments."""
-    return build(SEWResNet, "sew_resnet152", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), **kwargs)
+    return base.build(SEWResNet, "sew_resnet152", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), **kwargs)
