@@ -1,6 +1,11 @@
 """Write a set of pictures as an FFCV file: python tools/write_beton.py SOURCE DEST [--split train|val] [options].
 
-SOURCE: the folder of an ImageFolder tree, an idx image file, or a folder of idx files (with --split).
+SOURCE is recognised by what it holds:
+  an ImageFolder tree (one folder a class), or a folder with such trees named train and val (with --split)
+  ILSVRC2012_img_train.tar; ILSVRC2012_img_val.tar or a flat folder of pictures (with --labels)
+  parquet shards or WebDataset tars, or a folder of them (with --split, by their names)
+  a CIFAR-10 or CIFAR-100 archive, python or binary version, packed or unpacked (with --split)
+  an idx image file, or a folder of idx files (with --split)
 """
 
 import argparse
@@ -9,24 +14,34 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
+
+if __name__ == "__main__":
+    # Importing the package registers the students with timm: ten seconds that a tool without networks can save.
+    sys.modules["tdkd_dist"] = package = ModuleType("tdkd_dist")
+    package.__path__ = [str(Path(__file__).resolve().parent.parent / "tdkd_dist")]
 
 from tdkd_dist.data.beton import Manifest, WriteOptions, up_to_date, write
 from tdkd_dist.data.sources import open_source
+from tdkd_dist.data.verify import verify
 
 USAGE = """usage: python tools/write_beton.py SOURCE DEST [--split train|val] [--max-side 500] [--jpeg-share 0.5]
-           [--quality 90] [--subset N] [--on-error stop|skip] [--workers N] [--force]
-SOURCE: an ImageFolder tree, an idx image file, or a folder of idx files. --help says more."""
+           [--quality 90] [--subset N] [--labels FILE] [--on-error stop|skip] [--workers N] [--force]
+       python tools/write_beton.py --verify FILE
+SOURCE: an ImageFolder tree, ILSVRC2012 tars, parquet, WebDataset, CIFAR or idx files. --help says more."""
 
 
 def main(argv: list[str]) -> int:
-    """Write the beton; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    """Write or verify; the exit status: 0 done, 1 a broken file, 2 a user's mistake, told in one line."""
     if not argv:
         print(USAGE, file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         args = parse(argv)
+        if args.verify is not None:
+            return check(args.verify, args.workers)
         report(args.dest, *run(args))
     except ValueError as error:
         print(f"write_beton: {error}", file=sys.stderr)
@@ -49,9 +64,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises `ValueError`."""
     defaults = WriteOptions()
     parser = Parser(prog="write_beton", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument("dest", type=Path, metavar="DEST")
+    parser.add_argument("source", type=Path, metavar="SOURCE", nargs="?")
+    parser.add_argument("dest", type=Path, metavar="DEST", nargs="?")
+    parser.add_argument("--verify", type=Path, metavar="FILE", help="decode every sample of a beton, name broken ones")
     parser.add_argument("--split", choices=("train", "val"), help="which part of a source that holds both")
+    parser.add_argument(
+        "--labels", type=Path, help="of ILSVRC2012's validation pictures: devkit, synset list, or Kaggle's csv"
+    )
     parser.add_argument(
         "--max-side", type=int, default=defaults.max_side, help="shrink pictures to this longer side; 0: never (500)"
     )
@@ -64,6 +83,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
     parser.add_argument("--force", action="store_true", help="replace a DEST that was written differently")
     args = parser.parse_args(argv)
+    if (args.verify is None) != (args.dest is not None):
+        raise ValueError("say SOURCE and DEST, or --verify FILE alone")
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: must be at least 1")
     return args
@@ -72,7 +93,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> tuple[Manifest, str]:
     """Write unless DEST is already there; the manifest and what was done."""
     options = WriteOptions(args.max_side, args.jpeg_share, args.quality, args.subset, args.on_error)
-    source = open_source(args.source, args.split)
+    source = open_source(args.source, args.split, args.labels)
     manifest = up_to_date(source, args.dest, options)
     if manifest is not None:
         return manifest, "is already there"
@@ -83,6 +104,20 @@ def run(args: argparse.Namespace) -> tuple[Manifest, str]:
         return write(source, args.dest, options, workers=args.workers, progress=progress), "written"
     finally:
         progress.close()
+
+
+def check(path: Path, workers: int) -> int:
+    """Verify a beton; 1 if a sample is broken."""
+    progress = Progress()
+    try:
+        info, problems = verify(path, workers=workers, progress=progress)
+    finally:
+        progress.close()
+    for problem in problems:
+        print(f"{path}: {problem}")
+    checked = "decoded and compared with their checksums" if info.manifest else "decoded; no manifest, so no checksums"
+    print(f"{path}: {info.num_samples:,} samples {checked}; {len(problems) or 'none'} broken")
+    return 1 if problems else 0
 
 
 def report(dest: Path, manifest: Manifest, done: str) -> None:

@@ -1,26 +1,25 @@
-"""FFCV files: writing them, describing them in a manifest, and telling a whole one from a broken one.
+"""Writing FFCV files.
 
 FFCV's own `DatasetWriter` waits for ever when one of its processes dies, and its files differ from run to run. Here
-processes only encode, with FFCV's fields, and one process writes in order: the same source and options give the same
-bytes, and an error has a place to go. The manifest, `FILE.json` beside the file, holds a hash of everything in it that
-is not a picture, and that everything includes a checksum of each picture.
+processes only encode, and one process writes in order: the same source and options give the same
+bytes, and an error has a place to go.
 """
 
 import errno
-import json
 import os
 import signal
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tdkd_dist.data.classes import in_teacher_order
 from tdkd_dist.data.crops import uniform_draws
 from tdkd_dist.data.layout import (
     ALLOCATION,
@@ -37,132 +36,22 @@ from tdkd_dist.data.layout import (
     data_start,
     read_tables,
 )
+from tdkd_dist.data.manifest import (
+    BetonInfo,
+    Manifest,
+    WriteOptions,
+    check_beton,
+    compare,
+    manifest_path,
+    read_manifest,
+    save_manifest,
+)
 from tdkd_dist.data.sources import Image, Source
+
+__all__ = ["BetonInfo", "Manifest", "WriteOptions", "check_beton", "read_manifest", "up_to_date", "write"]
 
 CHUNK = 32
 """Pictures a task: enough to hide the cost of handing it over, few enough that many tasks fit in memory."""
-
-
-@dataclass(frozen=True)
-class WriteOptions:
-    """How pictures are stored; the defaults are those of ffcv-imagenet's ResNet-50 files."""
-
-    max_side: int = 500
-    """Larger pictures are shrunk so that their longer side is this; 0: never."""
-    jpeg_share: float = 0.5
-    """Share of the pictures stored as JPEG, the rest as raw pixels: less to read against less to decode."""
-    quality: int = 90
-    subset: float | None = None
-    """Only so many pictures (1 or more) or this share of them (less than 1), spread evenly over the classes."""
-    on_error: str = "stop"
-    """At a picture that cannot be read: `stop`, or `skip` and list it in the manifest."""
-
-    def __post_init__(self) -> None:
-        checks = {
-            f"--max-side {self.max_side}: must be at least 1, or 0 for no limit": self.max_side >= 0,
-            f"--jpeg-share {self.jpeg_share}: must be in [0, 1]": 0 <= self.jpeg_share <= 1,
-            f"--quality {self.quality}: must be in 1 to 100": 1 <= self.quality <= 100,
-            f"--subset {self.subset}: must be a number of pictures, or a share between 0 and 1": self.subset is None
-            or 0 < self.subset < 1
-            or self.subset == int(self.subset) > 0,
-            f"--on-error {self.on_error}: must be stop or skip": self.on_error in ("stop", "skip"),
-        }
-        for message, holds in checks.items():
-            if not holds:
-                raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a beton holds and where it came from."""
-
-    source_kind: str
-    source: str
-    source_signature: str
-    options: WriteOptions
-    num_samples: int
-    num_classes: int
-    class_names: list[str] | None
-    class_histogram: list[int]
-    mean: list[float]
-    """Of the pixels as stored, in [0, 1], for each channel."""
-    std: list[float]
-    file_size: int
-    tables_sha256: str
-    """Of the header, descriptors, sample table, checksums and allocation table."""
-    skipped: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class BetonInfo:
-    """What `check_beton` found."""
-
-    path: Path
-    num_samples: int
-    manifest: Manifest | None
-
-    @property
-    def num_classes(self) -> int | None:
-        """From the manifest; None without one."""
-        return self.manifest.num_classes if self.manifest else None
-
-
-def manifest_path(path: Path) -> Path:
-    """Where the manifest of the beton `path` lies."""
-    return path.with_name(path.name + ".json")
-
-
-def read_manifest(path: Path | str) -> Manifest | None:
-    """The manifest beside the beton `path`, None if there is none. Raises `ValueError` if it is not one."""
-    where = manifest_path(Path(path))
-    try:
-        content = json.loads(where.read_text())
-        options = WriteOptions(**content.pop("options"))
-        return Manifest(options=options, **content)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{where}: not a manifest that write_beton wrote ({error})") from error
-
-
-def save_manifest(manifest: Manifest, path: Path) -> None:
-    """Write the manifest beside the beton `path`, whole or not at all."""
-    where = manifest_path(path)
-    partial = where.with_name(f".{where.name}.partial")
-    partial.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    os.replace(partial, where)
-
-
-def check_beton(path: Path | str, key: str) -> BetonInfo:
-    """Check that `path`, the value of the configuration's `key`, is a whole beton; the pictures are not read.
-
-    Raises `ValueError` starting with `key=path: ` for a file that is missing, truncated or no beton, for fields other
-    than `image` and `label`, and for tables that contradict each other or the manifest.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise ValueError("a folder, not an FFCV file (for an ImageFolder tree say data.format=imagefolder)")
-        tables = read_tables(path)
-        manifest = read_manifest(path)
-        if manifest is not None:
-            _check_manifest(manifest, tables, path.stat().st_size)
-    except FileNotFoundError as error:
-        raise ValueError(f"{key}={path}: no such file; tools/write_beton.py writes it") from error
-    except OSError as error:
-        raise ValueError(f"{key}={path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{key}={path}: {error}") from error
-    return BetonInfo(path, len(tables.samples), manifest)
-
-
-def _check_manifest(manifest: Manifest, tables: Tables, size: int) -> None:
-    if manifest.file_size != size:
-        raise ValueError(f"{size} bytes, but its manifest says {manifest.file_size}: truncated or replaced")
-    if manifest.num_samples != len(tables.samples):
-        raise ValueError(f"{len(tables.samples)} samples, but its manifest says {manifest.num_samples}")
-    if manifest.tables_sha256 != tables.sha256():
-        raise ValueError("its tables differ from what its manifest says: corrupt or replaced")
 
 
 def up_to_date(source: Source, dest: Path, options: WriteOptions) -> Manifest | None:
@@ -210,12 +99,12 @@ def write(
 def check_written(path: Path, manifest: Manifest, most: int = 1000) -> None:
     """Read the tables back, and at most `most` pictures, against the manifest. Raises `ValueError`."""
     tables = read_tables(path)
-    _check_manifest(manifest, tables, path.stat().st_size)
+    compare(manifest, tables, path.stat().st_size)
     spread = np.unique(np.linspace(0, len(tables.samples) - 1, most).astype(np.int64))
     pixels = np.memmap(path, mode="r")
     for index in spread:
-        at = tables.allocations[index]
-        if zlib.crc32(pixels[int(at["ptr"]) : int(at["ptr"] + at["size"])].tobytes()) != tables.checksums[index]:
+        ptr, size = tables.place(index)
+        if zlib.crc32(pixels[ptr : ptr + size].tobytes()) != tables.checksums[index]:
             raise ValueError(f"{path}: sample {index} does not read back as it was written: is the disk sound?")
 
 
@@ -246,6 +135,7 @@ class _Encoded:
 def _write_all(
     file: IO[bytes], source: Source, options: WriteOptions, workers: int, progress: Callable[[int, int], None]
 ) -> Manifest:
+    source = in_teacher_order(source)
     chosen = choose(source.labels, options.subset)
     samples = np.zeros(len(chosen), dtype=SAMPLE)
     checksums = np.zeros(len(chosen), dtype="<u4")
@@ -358,9 +248,8 @@ def _encode_chunk(indices: list[int]) -> list[_Encoded]:
 
 
 def _encode(source: Source, options: WriteOptions, index: int) -> _Encoded:
-    """Read and encode one picture with FFCV's own field."""
+    """Read and encode one picture, as FFCV's `RGBImageField` does."""
     import cv2
-    from ffcv.fields import RGBImageField
 
     try:
         pixels = _shrink(source.read(index), options.max_side)
@@ -369,15 +258,7 @@ def _encode(source: Source, options: WriteOptions, index: int) -> _Encoded:
     # A hash of the index, not a running generator: the choice must not depend on the number of workers.
     share = 0.0 if source.lossless else options.jpeg_share
     jpeg = uniform_draws(0, 0, np.array([index]), 1)[0, 0] < share or pixels.nbytes > PAGE_SIZE
-    parts: list[Image] = []
-
-    def allocate(size: int) -> tuple[int, Image]:
-        parts.append(np.empty(size, dtype=np.uint8))
-        return 0, parts[-1]
-
-    record = np.zeros(1, dtype=SAMPLE["image"])
-    RGBImageField("jpg" if jpeg else "raw", jpeg_quality=options.quality).encode(record, pixels, allocate)
-    data = parts[0].tobytes()
+    data = _as_jpeg(pixels, options.quality) if jpeg else pixels.tobytes()
     height, width = pixels.shape[:2]
     if len(data) > PAGE_SIZE:
         return _Encoded(index, error=f"{source.name(index)}: {width}x{height} does not fit a page; set --max-side")
@@ -385,6 +266,14 @@ def _encode(source: Source, options: WriteOptions, index: int) -> _Encoded:
     count = height * width
     sums = np.concatenate([[count], count * mean[:, 0], count * (std[:, 0] ** 2 + mean[:, 0] ** 2)])
     return _Encoded(index, MODE_JPEG if jpeg else MODE_RAW, height, width, data, zlib.crc32(data), sums)
+
+
+def _as_jpeg(pixels: Image, quality: int) -> bytes:
+    import cv2
+
+    written, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert written
+    return data.tobytes()
 
 
 def _shrink(pixels: Image, max_side: int) -> Image:

@@ -7,6 +7,7 @@ The checksums, one CRC-32 a picture, sit in what FFCV leaves as padding. A pictu
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ class Tables:
     checksums: NDArray[np.uint32]
     """CRC-32 of each stored picture; meaningless without a manifest."""
     allocations: Table
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Offset and size of a picture's bytes in the file."""
+        ptr = self.samples[index]["image"]["data_ptr"]
+        order, ptrs = self.by_ptr
+        row = self.allocations[order[np.searchsorted(ptrs, ptr)]]
+        return int(row["ptr"]), int(row["size"])
+
+    @cached_property
+    def by_ptr(self) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """The allocation table's order by place, and the places: FFCV writes it in the order its processes ended in."""
+        order = np.argsort(self.allocations["ptr"])
+        return order, self.allocations["ptr"][order]
 
     def sha256(self) -> str:
         """Hash of all of them."""
@@ -100,8 +114,8 @@ def _check_pointers(tables: Tables) -> None:
     """Every picture must lie where the allocation table says, inside the file: FFCV would read past it."""
     if len(tables.samples) == 0:
         raise ValueError("it holds no samples")
-    order = np.argsort(tables.allocations["ptr"])
-    ptrs, sizes = tables.allocations["ptr"][order], tables.allocations["size"][order]
+    order, ptrs = tables.by_ptr
+    sizes = tables.allocations["size"][order]
     pictures = tables.samples["image"]
     at = np.minimum(np.searchsorted(ptrs, pictures["data_ptr"]), len(ptrs) - 1)
     pixels = pictures["width"].astype(np.int64) * pictures["height"]

@@ -3,10 +3,9 @@
 A source can be pickled: the writer's processes each open their own. Shapes: H x W x 3, uint8, RGB.
 """
 
-import gzip
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
 
+FINGERPRINT = 1 << 20
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
@@ -49,20 +49,32 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: Path, split: str | None = None) -> Source:
-    """The reader for `path`: an ImageFolder tree, an idx image file, or a folder of idx files (`split` train or val).
+def open_source(path: Path, split: str | None = None, labels: Path | None = None) -> Source:
+    """The reader for whatever lies at `path`; `split` (train or val) says which part of a source that holds both.
 
-    Raises `ValueError` when it is none of these.
+    `labels` are the ground truth of pictures that carry none, see `archives.FlatSource`. Raises `ValueError` when
+    nothing here can read it.
     """
-    if path.is_dir():
-        if any(_is_idx_images(entry.name) for entry in os.scandir(path)):
-            return IdxSource(_find_idx(path, split))
-        return FolderSource(path)
+    from tdkd_dist.data import archives, arrays
+
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    if _is_idx_images(path.name):
-        return IdxSource(path)
-    raise ValueError(f"{path}: not a source of pictures that this program knows")
+    if path.is_dir() and split is not None and (path / split).is_dir():
+        path = path / split
+    for opener in (arrays.open_arrays, archives.open_archive):
+        source = opener(path, split, labels)
+        if source is not None:
+            return source
+    if path.is_dir():
+        return FolderSource(path)
+    raise ValueError(f"{path}: neither pictures in class folders, tar, parquet, idx nor CIFAR files")
+
+
+def of_split(found: Sequence[Path], split: str | None, prefixes: Mapping[str, tuple[str, ...]]) -> list[Path]:
+    """Those of the `found` files whose names start as `split` demands; all of them when nothing is asked."""
+    if split is None:
+        return sorted(found)
+    return sorted(p for p in found if p.name.startswith(prefixes[split]))
 
 
 def decode_image(data: bytes | Path, name: str) -> Image:
@@ -75,7 +87,7 @@ def decode_image(data: bytes | Path, name: str) -> Image:
         with Pillow.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
-        raise ValueError(f"{name}: not a readable picture: {_one_line(error)}") from error
+        raise ValueError(f"{name}: not a readable picture: {one_line(error)}") from error
 
 
 class FolderSource:
@@ -123,41 +135,6 @@ class FolderSource:
         return digest.hexdigest()
 
 
-class IdxSource:
-    """An idx image file (MNIST's format, gzipped or not) with the label file beside it."""
-
-    kind = "idx"
-    class_names: Sequence[str] | None = None
-    lossless = True
-
-    def __init__(self, images: Path):
-        self.path = images
-        self.label_path = images.with_name(images.name.replace("images-idx3", "labels-idx1"))
-        if not self.label_path.is_file():
-            raise ValueError(f"{images}: no label file {self.label_path.name} beside it")
-        self._images = _read_idx(images, 3)
-        self._labels = _read_idx(self.label_path, 1).astype(np.int64)
-        if len(self._images) != len(self._labels):
-            raise ValueError(f"{images}: {len(self._images)} pictures but {len(self._labels)} labels")
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """The label of every picture, [N]."""
-        return self._labels
-
-    def name(self, index: int) -> str:
-        """The file and the position in it."""
-        return f"{self.path}[{index}]"
-
-    def read(self, index: int) -> Image:
-        """Picture `index` with three equal channels, [H, W, 3]."""
-        return np.repeat(self._images[index][:, :, None], 3, axis=2)
-
-    def signature(self) -> str:
-        """Hash of pictures and labels."""
-        return hashlib.sha256(self._images.tobytes() + self._labels.tobytes()).hexdigest()
-
-
 def _image_files(folder: Path) -> list[str]:
     """Paths of the pictures under `folder`, relative to it, in torchvision's order."""
     found = []
@@ -167,35 +144,19 @@ def _image_files(folder: Path) -> list[str]:
     return found
 
 
-def _is_idx_images(name: str) -> bool:
-    return "images-idx3" in name
-
-
-def _find_idx(folder: Path, split: str | None) -> Path:
-    prefix = {"train": "train", "val": "t10k", None: ""}[split]
-    found = sorted(p for p in folder.iterdir() if _is_idx_images(p.name) and p.name.startswith(prefix))
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
-        hint = "; say --split train or --split val" if split is None else ""
-        raise ValueError(f"{folder}: expected one idx image file, found {names}{hint}")
-    return found[0]
-
-
-def _read_idx(path: Path, dimensions: int) -> Image:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            content = file.read()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from error
-    head = 4 + 4 * dimensions
-    if len(content) < head or content[:4] != bytes([0, 0, 8, dimensions]):
-        raise ValueError(f"{path}: not an idx file of bytes with {dimensions} dimensions")
-    shape = np.frombuffer(content, dtype=">u4", count=dimensions, offset=4).astype(np.int64)
-    if len(content) != head + shape.prod():
-        raise ValueError(f"{path}: {len(content)} bytes, but its header promises {head + shape.prod()}")
-    return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape)
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Hash of the files' names, sizes, and of the first and the last MiB of each."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(FINGERPRINT))
+            file.seek(max(0, size - FINGERPRINT))
+            digest.update(file.read())
+    return digest.hexdigest()
