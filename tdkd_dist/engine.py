@@ -69,6 +69,11 @@ class Engine:
             config=_deepspeed_config(config, autocast=use_bf16(config, device)),
             dist_init_required=False,
         )
+        if config.train.zero_stage == 0:
+            # Not before: DeepSpeed's broadcast can't view channels_last weights as bytes. And not under ZeRO, whose
+            # weights are views into flat buffers.
+            for network in (student, self.deployed):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.global_step = 0
         self._set_rate()
 

@@ -99,7 +99,7 @@ class TemporalDistillationLoss(nn.Module):
         classes_B = labels if labels.ndim == 1 else labels.argmax(-1)
         correct_TB1 = (z_TBK.argmax(-1) == classes_B).unsqueeze(-1)
         # 1e-8 as in the released code: a sample that no timestep gets right has an all-zero target.
-        return (z_TBK * correct_TB1).sum(0) / (correct_TB1.sum(0) + 1e-8)
+        return (z_TBK * correct_TB1).sum(0) / (correct_TB1.sum(0, dtype=z_TBK.dtype) + 1e-8)
 
     def _divergence(self, target_BK: Tensor, log_probs_SBK: Tensor) -> Tensor:
         target_log_probs_BK = F.log_softmax(target_BK.detach() / self.temperature, dim=-1)

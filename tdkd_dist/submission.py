@@ -51,7 +51,7 @@ def submit(config: Config, folder: RunFolder, cluster: str, teacher_weights: str
     import submitit
 
     launcher = config.launcher
-    executor = submitit.AutoExecutor(folder=folder.jobs / "%j", cluster=cluster)
+    executor = submitit.AutoExecutor(folder=folder.jobs, cluster=cluster)
     parameters: dict[str, Any] = {
         "name": config.run.name,
         "nodes": launcher.nodes,

@@ -166,7 +166,7 @@ class Record:
 
             mode = config.wandb.mode
             if mode == "auto":
-                mode = "online" if os.environ.get("WANDB_API_KEY") or _has_wandb_login() else "offline"
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
             mode = os.environ.get("WANDB_MODE", mode)
             self._wandb = self._init_wandb(wandb, config, mode)
             self.wandb_id = self._wandb.id
@@ -248,12 +248,3 @@ def _drop_rows_after(path: Path, global_step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
-
-
-def _has_wandb_login() -> bool:
-    import wandb
-
-    try:
-        return bool(wandb.api.api_key)
-    except Exception:
-        return False

@@ -118,13 +118,14 @@ def run(config: Config, folder: RunFolder, place: Place, should_stop: Callable[[
     student = create_student(config.student)
     if config.student.checkpoint is not None:
         load_weights(student, config.student.checkpoint, "student.checkpoint")
-    student = student.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student = student.to(place.device)
     if config.train.epochs == 0:
         return _evaluate(parts, student)
     return Trainer.build(parts, student, should_stop).train()
 
 
 def _evaluate(parts: Run, student: nn.Module) -> bool:
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     record = Record(parts.folder, parts.config, parts.log, wandb_id=None, global_step=-1)
     try:
         row = parts.validate_student(student)

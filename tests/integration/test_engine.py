@@ -1,0 +1,160 @@
+"""DeepSpeed's steps against plain torch: a hand-written all-reduce SGD, and one rank that accumulates.
+
+Shapes: S optimiser steps, M micro-batches, B images of a micro-batch.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from tdkd_dist.config import Config, LauncherConfig, OptimConfig, StudentConfig, TrainConfig
+from tdkd_dist.losses import TemporalDistillationLoss
+from tdkd_dist.students import create_student
+
+STEPS, BATCH, MICRO = 3, 8, 4
+LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-2
+STUDENT = StudentConfig(model="sew_resnet8", num_classes=5, num_timesteps=3, width=8)
+
+
+def make_config(world_size: int, **train: object) -> Config:
+    config = Config(
+        student=STUDENT,
+        optim=OptimConfig(name="momentum", lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, schedule_on="epoch"),
+        train=TrainConfig(epochs=5, batch_size=BATCH, micro_batch=MICRO, precision="fp32", **train),  # type: ignore[arg-type]
+        launcher=LauncherConfig(tasks_per_node=world_size),
+    )
+    config.loss.alpha = 0
+    config.check()
+    return config
+
+
+def make_batches() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [S, M, B, 3, 16, 16] and labels [S, M, B]."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (STEPS, BATCH // MICRO, MICRO)
+    return torch.randn(*shape, 3, 16, 16, generator=generator), torch.randint(5, shape, generator=generator)
+
+
+def make_student() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return create_student(STUDENT).train()
+
+
+def snapshot(student: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+
+
+def train_with_engine(rank: int, world_size: int, **train: object) -> dict[str, torch.Tensor]:
+    from tdkd_dist.engine import Engine
+
+    config = make_config(world_size, **train)
+    engine = Engine(make_student(), config, device=torch.device("cpu"), steps_per_epoch=100, compiled=False)
+    loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
+    images, labels = make_batches()
+    share = config.accumulation
+    for step in range(STEPS):
+        for micro in range(rank * share, (rank + 1) * share):
+            engine.backward(loss(engine.forward(images[step, micro]), None, labels[step, micro]).total)
+    assert engine.global_step == STEPS
+    return snapshot(engine.student)
+
+
+def train_by_hand(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """SGD with momentum as Sutskever et al. write it for torch, gradients averaged by one all-reduce a tensor."""
+    student, loss = make_student(), TemporalDistillationLoss(0.0, 0.5, 1.0)
+    images, labels = make_batches()
+    velocity: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        student.zero_grad()
+        loss(student(images[step, rank]), None, labels[step, rank]).total.backward()
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad)
+                gradient = parameter.grad / world_size
+                if parameter.ndim > 1:
+                    gradient = gradient + WEIGHT_DECAY * parameter
+                velocity[name] = MOMENTUM * velocity[name] + gradient if name in velocity else gradient
+                parameter -= LR * velocity[name]
+    return snapshot(student)
+
+
+def train_in_every_way(rank: int, world_size: int, folder: Path) -> None:
+    results = {"engine": train_with_engine(rank, world_size)}
+    if world_size > 1:
+        results["hand"] = train_by_hand(rank, world_size)
+        results |= {f"zero{n}": train_with_engine(rank, world_size, zero_stage=n) for n in (1, 2)}
+    torch.save(results, folder / f"{world_size}-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_rank_with_twice_the_accumulation_and_a_hand_written_all_reduce(tmp_path):
+    run_ranks(train_in_every_way, 2, tmp_path)
+    run_ranks(train_in_every_way, 1, tmp_path)
+    two, other_rank, one = (torch.load(tmp_path / f"{name}.pt") for name in ("2-0", "2-1", "1-0"))
+    start = snapshot(make_student())
+    for name, parameter in two["engine"].items():
+        assert not torch.equal(parameter, start[name]), f"{name} did not train"
+        assert torch.equal(parameter, other_rank["engine"][name]), name
+        # A sum of two and a halving round alike in either order, so nothing less than equality will do.
+        assert torch.equal(parameter, one["engine"][name]), name
+        torch.testing.assert_close(parameter, two["hand"][name], rtol=1e-5, atol=1e-7)
+        for stage in ("zero1", "zero2"):
+            torch.testing.assert_close(two[stage][name], parameter, rtol=1e-5, atol=1e-7)
+
+
+def state_after(rank: int, world_size: int, folder: Path) -> None:
+    """Three steps at once, and one step, save, load in a fresh engine, two more: parameters, EMA, buffers, rate."""
+    from tdkd_dist.engine import Engine
+
+    config = make_config(world_size, ema_decay=0.9)
+    config.optim.schedule_on = "step"
+    loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
+    images, labels = make_batches()
+
+    def new_engine() -> Engine:
+        return Engine(make_student(), config, device=torch.device("cpu"), steps_per_epoch=2, compiled=False)
+
+    def steps(engine: Engine, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            engine.backward(loss(engine.forward(images[step, rank]), None, labels[step, rank]).total)
+
+    whole = new_engine()
+    steps(whole, 0, 3)
+    first = new_engine()
+    steps(first, 0, 1)
+    first.save(folder / "checkpoint")
+    resumed = new_engine()
+    resumed.load(folder / "checkpoint")
+    steps(resumed, 1, 3)
+    assert resumed.global_step == whole.global_step == 3
+    assert resumed.learning_rate == whole.learning_rate
+    for network, same in ((whole.student, resumed.student), (whole.deployed, resumed.deployed)):
+        for name, value in network.state_dict().items():
+            # Running statistics are each rank's own until `sync_buffers`; rank 0's are the ones that are saved.
+            if rank == 0 or not name.split(".")[-1].startswith("running"):
+                assert torch.equal(value, same.state_dict()[name]), name
+    whole.sync_buffers()
+    statistics = torch.cat([b.flatten().double() for n, b in whole.student.named_buffers() if "running" in n])
+    copy_of_mine = copy.deepcopy(statistics)
+    dist.broadcast(statistics, src=0)
+    assert torch.equal(statistics, copy_of_mine)
+
+
+@pytest.mark.slow
+def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
+    run_ranks(state_after, 2, tmp_path)
+
+
+def test_weight_decay_skips_norms_and_biases():
+    import timm.optim
+
+    student = make_student()
+    optimizer = timm.optim.create_optimizer_v2(student, opt="momentum", lr=0.1, weight_decay=0.5, momentum=0.9)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in student.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1), name

@@ -1,0 +1,100 @@
+"""Recipes, overrides, and the one line that each mistake gets."""
+
+import pytest
+
+from tdkd_dist.config import RECIPES, Config, flatten, list_recipes, load_config, read_config, save_config
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: fashion_sew\ntrain: {epochs: 7}\nstudent: {neuron: {decay: 0.25}}\n")
+    return str(path)
+
+
+def test_a_recipe_extends_its_base_and_overrides_win(recipe):
+    config = load_config(recipe, ["train.epochs=9", "student.neuron.v_reset=0"])
+    assert (config.train.epochs, config.student.neuron.decay, config.student.neuron.v_reset) == (9, 0.25, 0.0)
+    assert config.student.model == "sew_resnet8"
+    assert config.run.name == "mine"
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_fits_the_schema_and_names_its_command_and_figure(name):
+    load_config(name, [])
+    text = (RECIPES / f"{name}.yaml").read_text()
+    assert text.startswith(f"# python launch/submit.py recipe={name}")
+    assert list_recipes()[name].startswith("Reaches")
+
+
+def test_what_is_saved_is_read_back(recipe, tmp_path):
+    config = load_config(recipe, ["train.compile=true", "data.mean=[0.1,0.2,0.3]"])
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.btach_size=3", "train.btach_size: no such key; did you mean train.batch_size?"),
+        ("student.neuron.decya=1", "student.neuron.decya: no such key; did you mean student.neuron.decay?"),
+        ("lr=3", "lr: no such key; did you mean optim.lr?"),
+        ("train.epochs=many", "train.epochs: Value 'many'"),
+        ("train.epochs=1.5", "train.epochs: Value '1.5'"),
+        ("student.num_timesteps=0", "student.num_timesteps=0: must be at least 1"),
+        ("student.connect=XOR", "student.connect: Invalid value 'XOR'"),
+        ("train.compile=maybe", "train.compile=maybe: must be auto, true or false"),
+        ("teacher.name=null", "loss.alpha=0.2 needs a teacher: set teacher.name, or loss.alpha=0"),
+        ("train.batch_size=127", "train.batch_size=127 does not divide over 2 ranks"),
+        ("train.micro_batch=48", "train.micro_batch=48 does not divide a rank's share of 64 images"),
+        ("train.epochs=0", "train.epochs=0 evaluates a file: set student.checkpoint=FILE"),
+        ("loss.temperature=0", "loss.temperature=0.0: must be positive"),
+        ("launcher.gpus_per_node=8", "launcher.tasks_per_node=2: must equal launcher.gpus_per_node=8"),
+        ("nonsense", "nonsense: an override is key=value"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(override, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        load_config("fashion_sew", [override])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipes(tmp_path):
+    with pytest.raises(ValueError, match="recipe=fashion_swe: no such recipe; did you mean fashion_sew"):
+        load_config("fashion_swe", [])
+    with pytest.raises(ValueError, match="no such file"):
+        load_config(str(tmp_path / "none.yaml"), [])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("train: [")
+    with pytest.raises(ValueError, match="not readable as YAML"):
+        load_config(str(broken), [])
+    loop = tmp_path / "loop.yaml"
+    loop.write_text("base: loop")
+    with pytest.raises(ValueError, match="leads back"):
+        load_config(str(loop), [])
+
+
+def test_batches_are_cut_into_equal_shares():
+    config = load_config("fashion_sew", ["train.batch_size=96", "train.micro_batch=16"])
+    assert (config.launcher.world_size, config.micro_batch, config.accumulation) == (2, 16, 3)
+    # One GPU runs a recipe made for eight by accumulating.
+    one = load_config("imagenet_sew34", ["launcher.gpus_per_node=1"])
+    assert (one.micro_batch, one.accumulation) == (64, 8)
+
+
+def test_the_contracts_keys_exist():
+    keys = set(flatten(Config()))
+    for section, names in {
+        "run": "name seed dir",
+        "data": "train val format image_size workers",
+        "teacher": "name checkpoint pretrained min_top1",
+        "student": "model checkpoint num_classes num_timesteps neuron.decay connect width in_chans",
+        "loss": "target alpha beta temperature self_target label_smoothing",
+        "optim": "name lr momentum weight_decay",
+        "train": "epochs max_steps batch_size micro_batch precision compile",
+        "eval": "num_timesteps every",
+        "launcher": "cluster nodes tasks_per_node gpus_per_node max_restarts",
+        "wandb": "project entity mode",
+    }.items():
+        assert {f"{section}.{name}" for name in names.split()} <= keys
