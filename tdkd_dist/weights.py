@@ -8,11 +8,13 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -146,11 +148,108 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
         faults.append(f"lacks {_some(missing)}")
     if extra:
         faults.append(f"has {_some(extra)} that the model lacks")
+    if any(n.endswith(".w") for n in extra):
+        faults.append("its leaks are learned, which wants student.neuron.kind=plif")
     if shapes:
         faults.append("has " + _some([f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}" for n in shapes]))
     if faults:
         raise ValueError(f"{where}: {'; '.join(faults)}")
     model.load_state_dict(dict(tensors), strict=False)
+
+
+def convert_released(tensors: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
+    """The tensors of the released code's network (Yu et al. 2025), under this package's names.
+
+    Its preact_resnet34 has them already; its resnet18 and resnet19, spiking or ReLU, are renamed.
+    """
+    hidden = model.endswith("resnet19")
+    rules = {r"^conv0\.0\.": "conv1.", r"^conv0\.1\.": "bn1.", r"\.shortcut\.": ".downsample."}
+    rules |= {r"^(classifier|fc)\.0\.": "fc1." if hidden else "fc.", r"^(classifier|fc)\.2\.": "fc."}
+    return _rename(tensors, rules)
+
+
+def convert_spikingjelly(
+    tensors: Mapping[str, Tensor], student: StudentConfig, decay_input: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of spikingjelly's `SEWResNet` or `MSResNet`, under this package's names.
+
+    `decay_input`: the file was trained with spikingjelly's `decay_input=True`, its default, where the neuron's input
+    is scaled by 1/tau = 1 - decay. That is the same as scaling the weight and bias of the batch norm before it. Raises
+    `ValueError` for a network in which something else than one batch norm feeds a neuron.
+    """
+    rules = {r"^stem\.0\.": "conv1.", r"^stem\.1\.": "bn1.", r"^head\.": "fc."}
+    rules |= {r"^head_lif\.": "sn_head.", r"\bspike(\d)\.": r"sn\1."}
+    renamed = _rename(tensors, rules)
+    if not decay_input:
+        return renamed
+    if not student.model.startswith("sew_") or student.neuron.kind == "if":
+        raise ValueError(f"decay_input=true: for SEW-ResNets with a leak, not {student.model} of {student.neuron.kind}")
+    scaled = dict(renamed)
+    for name, tensor in renamed.items():
+        match = re.fullmatch(r"(.*?)(?:bn(\d)|downsample\.1)\.(?:weight|bias)", name)
+        if match:
+            w = renamed.get(f"{match[1]}sn{match[2]}.w" if match[2] else f"{match[1]}downsample_sn.w")
+            scaled[name] = tensor * (1 - student.neuron.decay if w is None else w.sigmoid())
+    return scaled
+
+
+def take_fitting(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """Start a student from a ReLU network's weights: copy what has the same name and shape, say what was taken."""
+    own = model.state_dict()
+    fitting = {n: t for n, t in tensors.items() if n in own and t.shape == own[n].shape}
+    model.load_state_dict(fitting, strict=False)
+    left = [n for n in own if n not in fitting]
+    return f"took {len(fitting)} of {len(own)} tensors" + (f"; left as initialised: {_some(left)}" if left else "")
+
+
+def import_student(
+    source: str,
+    dest: str | os.PathLike[str],
+    form: Literal["official", "spikingjelly", "timm"],
+    student: StudentConfig,
+    *,
+    decay_input: bool = False,
+) -> str:
+    """Write at `dest` a student's file from `source`; return a line that says what was taken.
+
+    `official`: a checkpoint of the released code (its `best_net`); `spikingjelly`: a state dict of its SEWResNet or
+    MSResNet; both must fit exactly. `timm`: a ReLU ResNet, a file or a timm name with pretrained weights, as the
+    initialisation of a SEW student. Raises `ValueError`, naming file and tensors, for anything that does not fit.
+    """
+    model = create_student(student)
+    if form == "timm":
+        pretrained = not os.path.isfile(source)
+        tensors = _pretrained(source) if pretrained else read_tensors(source, "source")
+        taken = take_fitting(model, tensors)
+        if taken.startswith("took 0 "):
+            raise ValueError(f"source={source}: has no tensor that fits {student.model}, only {_some(tensors)}")
+    else:
+        tensors = read_tensors(source, "source", ("best_net", *WRAPPERS))
+        if form == "official":
+            tensors = convert_released(tensors, student.model)
+        else:
+            tensors = convert_spikingjelly(tensors, student, decay_input)
+        fit(model, tensors, f"source={source}")
+        taken = f"took all {len(tensors)} tensors"
+    shown: Mapping[str, Any] = model.default_cfg  # type: ignore[assignment]
+    size = (student.in_chans, *shown["input_size"][1:])
+    save_student(dest, model.state_dict(), student, input_size=size, mean=shown["mean"], std=shown["std"])
+    return f"{dest}: {student.model} from {source}: {taken}"
+
+
+def _pretrained(name: str) -> dict[str, Tensor]:
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"source={name}: neither a file nor a timm model")
+    return dict(timm.create_model(name, pretrained=True).state_dict())
+
+
+def _rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str]) -> dict[str, Tensor]:
+    def renamed(name: str) -> str:
+        for pattern, replacement in rules.items():
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return {renamed(name): tensor for name, tensor in tensors.items()}
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:

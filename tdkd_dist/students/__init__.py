@@ -7,10 +7,10 @@ import timm
 from torch import nn
 
 from tdkd_dist.config import StudentConfig
-from tdkd_dist.students import ms_resnet, sew_resnet, spiking_resnet
+from tdkd_dist.students import ms_resnet, relu_resnet, sew_resnet, spiking_resnet
 from tdkd_dist.students.base import SpikingNet
 
-__all__ = ["SpikingNet", "create_student", "is_spiking", "spiking_names"]
+__all__ = ["SpikingNet", "create_student", "is_spiking", "relu_resnet", "spiking_names"]
 
 _SEW = tuple(sew_resnet.default_cfgs)
 

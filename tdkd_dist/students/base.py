@@ -16,7 +16,10 @@ from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 Block = Callable[[int, int, int, float], "ResidualBlock"]
 """Builds a block from input channels, width, stride and drop-path rate."""
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
-Net = TypeVar("Net", bound="SpikingNet")
+Net = TypeVar("Net", bound=nn.Module)
+
+CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "num_classes": 10}
+"""What timm's `default_cfg` says of the networks for CIFAR-10."""
 
 
 class ResidualBlock(nn.Module):
@@ -221,13 +224,13 @@ def init_kaiming(net: nn.Module) -> None:
 
 
 def register(entry_point: EntryPoint) -> EntryPoint:
-    """Give timm a student under its function's name."""
+    """Give timm a network under its function's name."""
     register_model(entry_point)
     return entry_point
 
 
 def build(cls: type[Net], name: str, pretrained: bool, **kwargs: Any) -> Net:
-    """Build a registered student as timm does: default configuration attached, timm's own arguments understood."""
+    """Build a registered network as timm does: default configuration attached, timm's own arguments understood."""
     net = build_model_with_cfg(cls, name, pretrained, **kwargs)
     assert isinstance(net, cls)
     return net

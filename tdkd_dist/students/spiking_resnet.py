@@ -89,10 +89,9 @@ class SpikingResNet(base.SpikingNet):
         return x_TBC if pre_logits else self.classify(x_TBC)
 
 
-_CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "num_classes": 10}
 default_cfgs = generate_default_cfgs(
     {
-        name: {"input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc", **_CIFAR10}
+        name: {"input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc", **base.CIFAR10}
         for name in ("spiking_resnet18", "spiking_resnet19")
     }
 )

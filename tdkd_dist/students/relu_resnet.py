@@ -1,0 +1,115 @@
+"""The ReLU networks that taught the paper's CIFAR and CIFAR10-DVS students: ResNets for small images (Yu et al. 2025).
+
+timm has no ResNet with a 3x3 stem at full resolution. Names of the parameters are torchvision's.
+
+Shapes: x is `[B, C, H, W]`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from tdkd_dist.students import base
+from tdkd_dist.students.base import conv3x3
+
+
+class ReluBlock(nn.Module):
+    """conv3x3 - BN - ReLU - conv3x3 - BN, plus the shortcut, then a ReLU."""
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(in_channels, width, stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv3x3(width, width), nn.BatchNorm2d(width)
+        self.downsample = base.downsample(in_channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` in and out."""
+        out = relu(self.bn1(self.conv1(x)))
+        return relu(self.bn2(self.conv2(out)) + (x if self.downsample is None else self.downsample(x)))
+
+
+class ReluResNet(nn.Module):
+    """Stem conv3x3 - BN - ReLU, `ReluBlock`s, spatial mean, classifier behind an optional hidden layer."""
+
+    default_cfg: dict[str, Any]
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        *,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        width: int = 64,
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(in_chans, width), nn.BatchNorm2d(width)
+        channels = width
+        self.stages = [f"layer{stage + 1}" for stage in range(len(depths))]
+        for stage, (name, depth) in enumerate(zip(self.stages, depths, strict=True)):
+            blocks = nn.Sequential()
+            for i in range(depth):
+                blocks.append(ReluBlock(channels, width * 2**stage, 2 if i == 0 and stage > 0 else 1))
+                channels = width * 2**stage
+            setattr(self, name, blocks)
+        self.num_features, self.head_hidden_size = channels, hidden or channels
+        self.fc1 = nn.Linear(channels, hidden) if hidden else None
+        self.reset_classifier(num_classes)
+        base.init_kaiming(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[B, K]` for images `[B, C, H, W]`."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Feature maps, before pooling."""
+        x = relu(self.bn1(self.conv1(x)))
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of `forward_features`' maps, or with `pre_logits` what `fc` reads."""
+        x = x.mean((2, 3))
+        if self.fc1 is not None:
+            x = relu(self.fc1(x))
+        return x if pre_logits else self.fc(x)
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that makes logits."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier for `num_classes`; 0: none."""
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {"input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc", **base.CIFAR10}
+        for name in ("cifar_resnet18", "cifar_resnet19", "cifar_resnet34")
+    }
+)
+
+
+@base.register
+def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> ReluResNet:
+    """2, 2, 2, 2 blocks of widths 64 to 512."""
+    return base.build(ReluResNet, "cifar_resnet18", pretrained, depths=(2, 2, 2, 2), **kwargs)
+
+
+@base.register
+def cifar_resnet34(pretrained: bool = False, **kwargs: Any) -> ReluResNet:
+    """3, 4, 6, 3 blocks of widths 64 to 512: the paper's CIFAR teacher."""
+    return base.build(ReluResNet, "cifar_resnet34", pretrained, depths=(3, 4, 6, 3), **kwargs)
+
+
+@base.register
+def cifar_resnet19(pretrained: bool = False, **kwargs: Any) -> ReluResNet:
+    """3, 3, 2 blocks of widths 128 to 512 and a hidden layer of 256: the paper's CIFAR10-DVS teacher."""
+    kwargs = {"width": 128, "hidden": 256} | kwargs
+    return base.build(ReluResNet, "cifar_resnet19", pretrained, depths=(3, 3, 2), **kwargs)
