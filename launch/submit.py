@@ -22,6 +22,8 @@ def main(arguments: list[str]) -> int:
         if arguments == ["--list"]:
             return list_recipes()
         return submit(arguments)
+    except KeyboardInterrupt:
+        return 130
     except ValueError as error:
         from tdkd_dist.job import is_users_mistake
 

@@ -72,8 +72,8 @@ def create_teacher(
     if config.checkpoint is not None:
         model = _create(config.name, num_classes, in_chans)
         load_weights(model, config.checkpoint, "teacher.checkpoint")
-        metadata = read_metadata(config.checkpoint) or {}
-        mean, std = metadata.get("mean", mean), metadata.get("std", std)
+        description = (read_metadata(config.checkpoint) or {}).get("student", {})
+        mean, std = description.get("mean", mean), description.get("std", std)
     elif config.pretrained:
         check_pretrained_classes(config.name, num_classes)
         overlay = {"file": weights_file} if weights_file else {}
@@ -98,8 +98,14 @@ def check_name(config: TeacherConfig) -> None:
     if not timm.is_model(config.name):
         near = timm.list_models(f"*{config.name.split('.')[0][:6]}*")[:3]
         raise ValueError(f"teacher.name={config.name}: timm has no such model; near it: {', '.join(near) or 'nothing'}")
-    if config.checkpoint is None and config.pretrained and timm.get_pretrained_cfg(config.name) is None:
-        raise ValueError(f"teacher.name={config.name}: timm has no weights of that tag; set teacher.checkpoint")
+    if config.checkpoint is None and config.pretrained:
+        architecture, _, tag = config.name.partition(".")
+        tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+        if not tags or (tag and tag not in tags):
+            raise ValueError(
+                f"teacher.name={config.name}: timm has no weights of that tag, only {', '.join(tags) or 'none at all'};"
+                " or set teacher.checkpoint=FILE"
+            )
 
 
 def check_pretrained_classes(name: str, num_classes: int) -> None:
@@ -131,7 +137,7 @@ def fetch_weights(name: str) -> str:
             f"teacher.name={name}: its weights are not in the cache and could not be fetched"
             f" ({type(error).__name__}); run once where there is a network, or set teacher.checkpoint=FILE"
         ) from error
-    raise ValueError(f"teacher.name={name}: timm has no weights of that tag; set teacher.checkpoint=FILE")
+    raise ValueError(f"teacher.name={name}: timm does not say where its weights are; set teacher.checkpoint=FILE")
 
 
 def _fetch_from_hub(repo: str, revision: str | None) -> str:

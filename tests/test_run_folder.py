@@ -1,0 +1,86 @@
+"""What a run leaves on disk: its folder, its record, its summary."""
+
+import json
+
+import pytest
+
+from tdkd_dist.config import load_config
+from tdkd_dist.run_folder import RunFolder, write_json
+from tdkd_dist.tracking import Log, Record, format_seconds, format_table, read_rows
+
+
+@pytest.fixture
+def config():
+    return load_config("fashion_sew", ["wandb.mode=disabled"])
+
+
+def test_the_same_run_may_come_again_longer_or_elsewhere(tmp_path, config):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config)
+    config.train.epochs, config.launcher.tasks_per_node, config.train.max_steps = 9, 1, 7
+    folder.create(config)
+    environment = json.loads((folder.path / "environment.json").read_text())
+    assert environment["versions"]["torch"]
+    assert environment["cpus"] >= 1
+
+
+def test_another_run_is_refused_by_its_keys(tmp_path, config):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config)
+    before = folder.config_file.read_text()
+    config.loss.alpha, config.student.neuron.decay = 0.3, 0.9
+    with pytest.raises(ValueError, match=r"student\.neuron\.decay \(0\.5 there, 0\.9 now\), loss\.alpha \(0\.2 there"):
+        folder.create(config)
+    assert folder.config_file.read_text() == before
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, config):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run\.dir=.*file/run: cannot be written"):
+        RunFolder(tmp_path / "file" / "run").create(config)
+
+
+def test_only_the_full_length_counts_as_finished(tmp_path, config):
+    folder = RunFolder(tmp_path)
+    assert folder.read_summary(config) is None
+    write_json(folder.summary_file, {"epochs": config.train.epochs, "max_steps": None})
+    assert folder.read_summary(config) is not None
+    config.train.epochs += 1
+    assert folder.read_summary(config) is None
+
+
+def test_the_record_forgets_what_a_resumed_run_does_again(tmp_path, config):
+    folder = RunFolder(tmp_path)
+    record = Record(folder, config, Log(folder.log_file), wandb_id=None, global_step=-1)
+    for step in (0, 10, 20, 30):
+        record.write({"epoch": 0, "global_step": step})
+    with folder.metrics_file.open("a") as stream:
+        stream.write('{"epoch": 0, "glo')  # what a crash leaves
+    resumed = Record(folder, config, Log(folder.log_file), wandb_id=None, global_step=20)
+    resumed.write({"epoch": 1, "global_step": 25})
+    assert [row["global_step"] for row in read_rows(folder.metrics_file)] == [0, 10, 20, 25]
+    assert all(json.loads(line) for line in folder.metrics_file.read_text().splitlines())
+
+
+def test_wandb_offline_is_kept_and_its_upload_is_told(tmp_path, config, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config.wandb.mode = "auto"
+    folder = RunFolder(tmp_path)
+    record = Record(folder, config, Log(folder.log_file), wandb_id=None, global_step=-1)
+    record.write({"epoch": 1, "global_step": 1, "val/top1_t1": 50.0})
+    record.write_curve([50.0, 60.0])
+    record.close()
+    (synced,) = [line.split()[-1] for line in folder.log_file.read_text().splitlines() if "wandb sync" in line]
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert synced == str(next(tmp_path.glob("wandb/offline-run-*")))
+
+
+def test_words_for_durations():
+    assert [format_seconds(s) for s in (5, 65, 3725, float("inf"))] == ["5 s", "1 min 05 s", "1 h 02 min", "?"]
+
+
+def test_the_table_has_a_row_a_timestep():
+    row = {f"val/{name}_t{t}": 10.0 * t for t in (1, 2) for name in ("top1", "top5", "step_top1", "loss")}
+    table = format_table(row | {"val/top1_mean": 15.0, "val/samples": 203}, 2)
+    assert table.splitlines()[2].split()[:2] == ["1", "10.00"]
+    assert table.splitlines()[-1] == "mean over timesteps: 15.00 % of 203 images"

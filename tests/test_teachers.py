@@ -1,0 +1,95 @@
+"""The frozen teacher: its own normalisation, its own size, the data's classes."""
+
+import pytest
+import timm
+import torch
+
+from tdkd_dist.config import DataConfig, StudentConfig, TeacherConfig
+from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.teachers import Teacher, check_name, check_pretrained_classes, create_teacher, fetch_weights
+from tdkd_dist.weights import save_student
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+
+
+def images() -> torch.Tensor:
+    return torch.randint(256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def checkpoint(path, num_classes=5):
+    torch.manual_seed(1)
+    model = timm.create_model("resnet10t", num_classes=num_classes)
+    student = StudentConfig(model="resnet10t", num_classes=num_classes, num_timesteps=1)
+    save_student(path, model.state_dict(), student, input_size=(3, 32, 32), mean=MEAN, std=STD)
+    return model.eval()
+
+
+def test_sees_the_students_crop_in_its_own_normalisation(tmp_path):
+    model = checkpoint(tmp_path / "teacher.safetensors")
+    data = DataConfig()
+    teacher = create_teacher(
+        TeacherConfig(name="resnet10t", checkpoint=str(tmp_path / "teacher.safetensors")),
+        data,
+        num_classes=5,
+        in_chans=3,
+    )
+    found = teacher(Normalise(data.mean, data.std)(images()))
+    expected = model(Normalise(MEAN, STD)(images()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # The change of normalisation is no small thing: without it the logits are others.
+    assert (model(Normalise(data.mean, data.std)(images())) - expected).abs().max() > 1e-2
+
+
+def test_normalise_is_torchvisions():
+    from torchvision.transforms.v2 import functional
+
+    expected = functional.normalize(functional.to_dtype(images(), torch.float32, scale=True), list(MEAN), list(STD))
+    torch.testing.assert_close(Normalise(MEAN, STD)(images()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_is_frozen_and_stays_in_eval_mode():
+    teacher = create_teacher(TeacherConfig(name="resnet10t", pretrained=False), DataConfig(), num_classes=5, in_chans=3)
+    teacher.train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    assert not teacher(torch.randn(2, 3, 32, 32)).requires_grad
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_resizes_only_for_a_model_of_fixed_input_size():
+    def teacher(name: str) -> Teacher:
+        return create_teacher(TeacherConfig(name=name, pretrained=False), DataConfig(), num_classes=5, in_chans=3)
+
+    assert teacher("resnet10t").input_size is None
+    vit = teacher("vit_tiny_patch16_224")
+    assert vit.input_size == (224, 224)
+    assert vit(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_a_file_with_other_classes_is_refused(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    checkpoint(path, num_classes=7)
+    config = TeacherConfig(name="resnet10t", checkpoint=str(path))
+    with pytest.raises(ValueError, match=rf"^teacher\.checkpoint={path}: has 7 classes, 5 wanted$"):
+        create_teacher(config, DataConfig(), num_classes=5, in_chans=3)
+
+
+def test_names_are_checked_before_anything_is_fetched():
+    with pytest.raises(ValueError, match=r"teacher\.name=resnot34: timm has no such model"):
+        check_name(TeacherConfig(name="resnot34"))
+    with pytest.raises(ValueError, match=r"resnet34\.nonsense"):
+        check_name(TeacherConfig(name="resnet34.nonsense"))
+    check_name(TeacherConfig(name="resnet34.tv_in1k"))
+    check_pretrained_classes("resnet34.tv_in1k", 1000)
+    with pytest.raises(ValueError, match=r"timm's weights have 1000 classes and student\.num_classes is 10"):
+        check_pretrained_classes("resnet34.tv_in1k", 10)
+
+
+def test_without_a_network_the_user_is_told_what_to_do(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^teacher\.name=resnet34\.tv_in1k: .*set teacher\.checkpoint=FILE$"):
+        fetch_weights("resnet34.tv_in1k")
