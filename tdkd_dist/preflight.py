@@ -98,9 +98,7 @@ def _check_image_folder(path: Path, key: str, num_classes: int) -> int | None:
 
 
 def _check_student(config: Config) -> None:
-    on_cpu = config.student.checkpoint is not None
-    with torch.device("cpu" if on_cpu else "meta"):
-        student = create_student(config.student)
+    student = create_student(config.student)
     require(
         is_spiking(student) or (config.student.num_timesteps == 1 and config.eval_timesteps == 1),
         f"student.model={config.student.model} is no spiking network: set student.num_timesteps=1",
