@@ -235,13 +235,10 @@ class SpikingNeuron(nn.Module):
         """Share of the membrane that a timestep keeps; a scalar tensor, 1 - sigmoid(w), for PLIF."""
         return 1 - self.w.sigmoid() if self.config.kind == "plif" else self._decay
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Spikes `[T*B, ...]` for currents `[T*B, ...]`, T-major."""
-        return self._run(x.view(self.num_timesteps, -1, *x.shape[1:]))
-
-    def constant(self, x: Tensor) -> Tensor:
-        """Spikes `[T*B, ...]` for a current `[B, ...]` that is the same at every timestep."""
-        return self._run(x.expand(self.num_timesteps, *x.shape))
+    def forward(self, x: Tensor, constant: bool = False) -> Tensor:
+        """Spikes `[T*B, ...]` for currents `[T*B, ...]`, T-major; `constant`: `[B, ...]`, the same at every step."""
+        T = self.num_timesteps
+        return self._run(x.expand(T, *x.shape) if constant else x.view(T, -1, *x.shape[1:]))
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One timestep: `(spikes, state)` for a current `[B, ...]` and the state before it (None: at rest).

@@ -43,9 +43,9 @@ class SpikingNet(nn.Module):
 
     conv1: nn.Conv2d
     bn1: nn.BatchNorm2d
-    sn1: SpikingNeuron | None = None
+    sn1: SpikingNeuron | None
     maxpool: nn.Module
-    sn_head: SpikingNeuron | None = None
+    sn_head: SpikingNeuron | None
     fc: nn.Module
     num_features: int
     head_hidden_size: int
@@ -56,6 +56,7 @@ class SpikingNet(nn.Module):
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_timesteps = num_timesteps
         self.neuron = neuron or NeuronConfig()
+        self.sn1 = self.sn_head = None
 
     def make_neuron(self) -> SpikingNeuron:
         """A layer of this student's neurons."""
@@ -138,7 +139,7 @@ class SpikingNet(nn.Module):
         elif x.ndim == 4:
             x = batch_norm_repeated(self.bn1, self.conv1(x), T)
             # Unlike repeat, cat keeps channels_last.
-            x = torch.cat([self.maxpool(x)] * T) if self.sn1 is None else self.maxpool(self.sn1.constant(x))
+            x = torch.cat([self.maxpool(x)] * T) if self.sn1 is None else self.maxpool(self.sn1(x, constant=True))
         else:
             raise ValueError(f"input of shape {list(x.shape)}: must be [B, C, H, W] or [T, B, C, H, W]")
         return x
