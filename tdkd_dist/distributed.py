@@ -17,7 +17,10 @@ def start(device: torch.device) -> None:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: nccl on a GPU, else gloo."""
     global _control
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    _control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
+    if device.type == "cuda":
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        _control = group
 
 
 def stop() -> None:

@@ -39,7 +39,7 @@ class Engine:
         import deepspeed
 
         if config.train.sync_bn and device.type == "cuda" and distributed.world_size() > 1:
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
         if compiled:
             student.compile()
         self.student = student
@@ -73,7 +73,7 @@ class Engine:
             # Not before: DeepSpeed's broadcast can't view channels_last weights as bytes. And not under ZeRO, whose
             # weights are views into flat buffers.
             for network in (student, self.deployed):
-                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                network.to(memory_format=torch.channels_last)
         self.global_step = 0
         self._set_rate()
 

@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H and W pixels, K classes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -87,8 +88,8 @@ def create_teacher(
         mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     else:
         model = _create(config.name, num_classes, in_chans)
-    fixed = getattr(model, "pretrained_cfg", {}).get("fixed_input_size", False)
-    size = tuple(model.pretrained_cfg["input_size"][-2:]) if fixed else None
+    known: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    size = known["input_size"][-2:] if known.get("fixed_input_size", False) else None
     return Teacher(model, student_mean=data.mean, student_std=data.std, mean=mean, std=std, input_size=size)
 
 

@@ -43,8 +43,9 @@ class TrainMeter:
         self._log, self._record = log, record
         self._every, self._batch_size = config.train.log_every, config.train.batch_size
         self._epochs, self._steps_per_epoch = config.train.epochs, steps_per_epoch
-        self._last_line = self._row_started = time.monotonic()
+        self._last_line = self._first_time = time.monotonic()
         self._first_step: int | None = None
+        self._sums: Tensor | None = None
         self._reset()
 
     def wait_for(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,7 @@ class TrainMeter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: Tensor | None = None
+        self._sums = None
         self._micro_batches = self._steps = 0
         self._waited_s = 0.0
         self._row_started = time.monotonic()
@@ -151,7 +152,7 @@ class Record:
         """End the W&B run and, if it was offline, say how to upload it."""
         if self._wandb is None:
             return
-        offline, directory = self._wandb.settings._offline, Path(self._wandb.dir).parent
+        offline, directory = self._wandb.offline, Path(self._wandb.dir).parent
         self._send(lambda run: run.finish())
         if offline:
             self._log.say(f"W&B was offline; to upload this run: wandb sync {directory}")
@@ -164,10 +165,10 @@ class Record:
         try:
             import wandb
 
-            mode = config.wandb.mode
+            mode: str = config.wandb.mode
             if mode == "auto":
-                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-            mode = os.environ.get("WANDB_MODE", mode)
+                logged_in = "online" if wandb.login(prompt=False, verify=False) else "offline"
+                mode = os.environ.get("WANDB_MODE", logged_in)
             self._wandb = self._init_wandb(wandb, config, mode)
             self.wandb_id = self._wandb.id
             self._wandb.define_metric("epoch")

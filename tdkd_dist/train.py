@@ -125,7 +125,7 @@ def run(config: Config, folder: RunFolder, place: Place, should_stop: Callable[[
 
 
 def _evaluate(parts: Run, student: nn.Module) -> bool:
-    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student.to(memory_format=torch.channels_last)
     record = Record(parts.folder, parts.config, parts.log, wandb_id=None, global_step=-1)
     try:
         row = parts.validate_student(student)
@@ -165,6 +165,8 @@ class Trainer:
             workers=place.workers,
         )
         teacher = _build_teacher(parts)
+        if config.train.sync_bn and place.device.type == "cpu" and place.world_size > 1:
+            log.say("train.sync_bn: ignored, batch norm is not synchronised on the CPU")
         engine = Engine(
             student,
             config,
