@@ -1,0 +1,22 @@
+"""What holds for every test: no account is used, and in CI nothing is skipped but for want of a GPU."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+os.environ["WANDB_MODE"] = "offline"
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
+
+settings.register_profile("seeded", derandomize=True, deadline=None)
+if IN_CI:
+    settings.load_profile("seeded")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    if IN_CI and report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("gpu") is None:
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, where only GPU tests may be: {report.longrepr}"
+    return report
