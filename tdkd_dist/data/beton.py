@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -217,6 +218,11 @@ def _encode_all(source: Source, options: WriteOptions, chosen: NDArray[np.int64]
         for index in chosen:
             yield _encode(source, options, int(index))
         return
+    import cv2
+
+    # Here, not in the processes: OpenCV hangs when a fork of a process that has used its threads changes their number.
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
     chunks = (chosen[i : i + CHUNK].tolist() for i in range(0, len(chosen), CHUNK))
     waiting: deque[Future[list[_Encoded]]] = deque()
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(source, options))
@@ -227,8 +233,11 @@ def _encode_all(source: Source, options: WriteOptions, chosen: NDArray[np.int64]
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError("a process that encodes pictures was killed; is there memory for --workers?") from error
     finally:
         pool.shutdown(cancel_futures=True)
+        cv2.setNumThreads(threads)
 
 
 _worker: tuple[Source, WriteOptions]
@@ -236,9 +245,6 @@ _worker: tuple[Source, WriteOptions]
 
 def _start_worker(source: Source, options: WriteOptions) -> None:
     global _worker
-    import cv2
-
-    cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker = source, options
 
