@@ -104,6 +104,9 @@ def _decoder_class() -> Any:
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
 
+    decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
+    move, mirror = Compiler.compile(_move), Compiler.compile(_mirror)
+
     class PlanDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
         """Decodes, then follows the plan in its second buffer."""
 
@@ -121,8 +124,6 @@ def _decoder_class() -> Any:
 
         def generate_code(self) -> Callable[..., Any]:
             read, threads = self.memory_read, Compiler.get_iterator()
-            decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-            move, mirror = Compiler.compile(_move), Compiler.compile(_mirror)
             jpeg = IMAGE_MODES["jpg"]
 
             def decode(batch_indices: Any, memory: Any, metadata: Any, storage_state: Any) -> Any:

@@ -93,9 +93,9 @@ def follow(plan_P: NDArray[np.int64], pixels_HWC: Image, size: int) -> Image:
     from PIL import Image as Pillow
 
     top, left, height, width = (int(plan_P[column]) for column in (TOP, LEFT, HEIGHT, WIDTH))
-    box = (left, top, left + width, top + height)
-    resized = Pillow.fromarray(pixels_HWC).resize((size, size), Pillow.Resampling.BILINEAR, box=box)
-    image_HWC = np.array(resized)
+    # Cut first: Pillow's own `box` lets pixels outside it bleed in.
+    part = Pillow.fromarray(np.ascontiguousarray(pixels_HWC[top : top + height, left : left + width]))
+    image_HWC = np.array(part.resize((size, size), Pillow.Resampling.BILINEAR))
     down, right = int(plan_P[DOWN]), int(plan_P[RIGHT])
     if down or right:
         image_HWC = _moved(image_HWC, down, right)
