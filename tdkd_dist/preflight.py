@@ -2,13 +2,13 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm.optim
 import torch
 
 from tdkd_dist.config import Config, require
 from tdkd_dist.data.beton import check_beton
+from tdkd_dist.data.loaders import open_folder
 from tdkd_dist.students import create_student, is_spiking
 from tdkd_dist.teachers import check_name, check_pretrained_classes, create_teacher, fetch_weights
 from tdkd_dist.weights import load_weights
@@ -78,23 +78,16 @@ def _check_data(config: Config, split: str, dry_run: bool) -> int | None:
         require(dry_run, f"{key} is not set: give the path of {what}")
         return None
     if config.data.format == "imagefolder":
-        return _check_image_folder(Path(path), key, config.student.num_classes)
-    info = check_beton(path, key)
+        source = open_folder(path, key)
+        samples, classes = len(source.labels), len(source.class_names)
+    else:
+        info = check_beton(path, key)
+        samples, classes = info.num_samples, info.num_classes or 0
     require(
-        info.num_classes is None or info.num_classes <= config.student.num_classes,
-        f"{key}={path} has {info.num_classes} classes and student.num_classes is {config.student.num_classes}",
+        classes <= config.student.num_classes,
+        f"{key}={path} has {classes} classes and student.num_classes is {config.student.num_classes}",
     )
-    return info.num_samples
-
-
-def _check_image_folder(path: Path, key: str, num_classes: int) -> int | None:
-    require(path.is_dir(), f"{key}={path}: no such folder")
-    classes = [entry for entry in path.iterdir() if entry.is_dir()]
-    require(len(classes) > 0, f"{key}={path}: no class folders in it")
-    require(
-        len(classes) <= num_classes, f"{key}={path} has {len(classes)} classes and student.num_classes is {num_classes}"
-    )
-    return None
+    return samples
 
 
 def _check_student(config: Config) -> None:

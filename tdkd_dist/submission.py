@@ -203,9 +203,17 @@ class _LogTail:
     def _print(self, line: str) -> None:
         progress = line.startswith(PROGRESS_PREFIX) and sys.stdout.isatty()
         start = "\r\x1b[K" if self._on_progress else ""
-        width = shutil.get_terminal_size().columns - 1
-        print(start + (line[:width] if progress else line), end="" if progress else "\n", flush=True)
+        if progress:
+            line = (_bar(line) + line)[: shutil.get_terminal_size().columns - 1]
+        print(start + line, end="" if progress else "\n", flush=True)
         self._on_progress = progress
+
+
+def _bar(line: str, width: int = 20) -> str:
+    """A bar for the `done/total` that a progress line starts with."""
+    done, total = line.removeprefix(PROGRESS_PREFIX).split(" ")[0].split("/")
+    full = width * int(done) // int(total)
+    return f"[{'#' * full}{'.' * (width - full)}]"
 
 
 def _sbatch_answers() -> bool:

@@ -9,7 +9,7 @@ Shapes: B pictures, H x W pixels, P columns of a plan.
 
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -55,7 +55,7 @@ class FfcvReader:
         self._plan_node = next(node.id for node in nodes if getattr(node, "decoder", None) is self._decoder)
         self._open: Any = None
 
-    def batches(self, order: Ints, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Ints, epoch: int) -> Generator[tuple[Tensor, Tensor]]:
         """The samples `order` in batches: images [B, 3, H, W] uint8, labels [B].
 
         Raises `ValueError` naming a sample that cannot be decoded, `RuntimeError` when the thread dies or stalls.

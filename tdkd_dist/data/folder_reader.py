@@ -4,7 +4,7 @@ Only the interpolation differs: Pillow's bilinear with antialiasing here, OpenCV
 Shapes: B pictures, H x W pixels, P columns of a plan.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class FolderReader:
             timeout=STALL_SECONDS,
         )
 
-    def batches(self, order: Ints, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Ints, epoch: int) -> Generator[tuple[Tensor, Tensor]]:
         """The samples `order` in batches: images [B, 3, H, W] uint8, labels [B].
 
         Raises `ValueError` naming a picture that cannot be read, `RuntimeError` when a process dies.

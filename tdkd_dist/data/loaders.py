@@ -7,7 +7,7 @@ ranks see exactly the micro-batches that one rank with twice the accumulation se
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +27,7 @@ Batch = tuple[Tensor, Tensor]
 class Reader(Protocol):
     """Batches of any order of samples."""
 
-    def batches(self, order: Ints, epoch: int) -> Iterator[Batch]:
+    def batches(self, order: Ints, epoch: int) -> Generator[Batch]:
         """The samples `order`, in batches, augmented for `epoch`."""
         ...
 
@@ -55,7 +55,7 @@ class TrainLoader:
         self._reader, self._batch_size, self._seed = reader, batch_size, seed
         self._rank, self._world_size = rank, world_size
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
         """This rank's micro-batches of an epoch, in order, from global step `start_step` on.
 
         Raises `ValueError` naming a sample that cannot be decoded, `RuntimeError` if the reader dies or stalls.
@@ -149,7 +149,7 @@ def _open(
     if data.format == "imagefolder":
         from tdkd_dist.data.folder_reader import FolderReader
 
-        source = _open_folder(key, path)
+        source = open_folder(path, key)
         reader = FolderReader(source, batch_size=batch_size, rule=rule, workers=workers, device=device)
         return reader, len(source.labels), len(source.class_names)
     info = check_beton(path, key)
@@ -165,7 +165,8 @@ def _open(
         raise ValueError(f"data.format=ffcv: {error}; install ffcv, or say data.format=imagefolder") from error
 
 
-def _open_folder(key: str, path: str) -> FolderSource:
+def open_folder(path: str, key: str) -> FolderSource:
+    """The ImageFolder tree that is the value of the configuration's `key`. Raises `ValueError` naming it."""
     try:
         return FolderSource(Path(path))
     except ValueError as error:
