@@ -1,7 +1,8 @@
 """Atomic checkpoints of a run's whole state, and restoring the newest valid one.
 
-A checkpoint is a folder `step-00001234` with the engine's state, one file of random-generator states a rank, the
-run's own facts, and a manifest of checksums. It is written under another name and renamed when it is complete.
+A checkpoint is a folder `step-00001234` with the engine's state, one file a rank with its random generators and
+batch-norm statistics, the run's own facts, and a manifest of checksums. It is written under another name and renamed
+when it is complete.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ def save(folder: Path, engine: Engine, progress: Progress, *, keep: int) -> Path
         temporary.mkdir(parents=True)
     distributed.barrier()
     engine.save(temporary)
-    torch.save(_generator_states(), temporary / f"rng-{distributed.rank()}.pt")
+    torch.save(_rank_state(engine), temporary / f"rank-{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.rank() == 0:
         (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
@@ -69,9 +70,9 @@ def restore(folder: Path, engine: Engine, say: Callable[[str], None]) -> Progres
         return None
     path = folder / name
     engine.load(path)
-    generators = path / f"rng-{distributed.rank()}.pt"
-    if generators.is_file():
-        _set_generator_states(torch.load(generators, weights_only=False))
+    own = path / f"rank-{distributed.rank()}.pt"
+    if own.is_file():
+        _set_rank_state(engine, torch.load(own, weights_only=False))
     return Progress(**json.loads((path / "progress.json").read_text()))
 
 
@@ -110,8 +111,10 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _generator_states() -> dict[str, Any]:
+def _rank_state(engine: Engine) -> dict[str, Any]:
     return {
+        "world_size": distributed.world_size(),
+        "buffers": engine.rank_buffers(),
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
@@ -119,7 +122,12 @@ def _generator_states() -> dict[str, Any]:
     }
 
 
-def _set_generator_states(states: dict[str, Any]) -> None:
+def _set_rank_state(engine: Engine, states: dict[str, Any]) -> None:
+    if states["world_size"] != distributed.world_size():
+        # Statistics of other shares of the data: rank 0's, which the engine restored, are as good for everyone.
+        return
+    for name, buffer in engine.rank_buffers().items():
+        buffer.copy_(states["buffers"][name])
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

@@ -38,6 +38,8 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import deepspeed
 
+        # Its shared-memory all-reduce would be compiled at first use, a minute on two cores; gloo serves as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if config.train.sync_bn and device.type == "cuda" and distributed.world_size() > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
         if compiled:
@@ -108,6 +110,11 @@ class Engine:
             timm.utils.distribute_bn(self.student, distributed.world_size(), reduce=True)
             if self.ema is not None:
                 timm.utils.distribute_bn(self.ema.module, distributed.world_size(), reduce=True)
+
+    def rank_buffers(self) -> dict[str, Tensor]:
+        """The buffers that differ between ranks until `sync_buffers`; tensors shared with the networks."""
+        networks = {"student": self.student} | ({"ema": self.ema.module} if self.ema is not None else {})
+        return {f"{key}.{name}": buffer for key, net in networks.items() for name, buffer in net.named_buffers()}
 
     def save(self, folder: Path) -> None:
         """Write the whole state into `folder`; every rank must call it."""

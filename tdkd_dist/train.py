@@ -196,14 +196,15 @@ class Trainer:
             row: dict[str, float] | None = None
             while not self._complete:
                 started = time.monotonic()
-                if not self._train_epoch():
-                    self._save()
+                stop = self._train_epoch()
+                if progress.step_in_epoch == 0 or self._complete:
+                    self.engine.sync_buffers()
+                    if self._complete or progress.epoch % config.eval.every == 0:
+                        row = self._validate(time.monotonic() - started)
+                self._save()
+                if stop and not self._complete:
                     self.parts.log.say(f"stopped at step {progress.global_step}; the same command goes on from here")
                     return False
-                self.engine.sync_buffers()
-                if self._complete or progress.epoch % config.eval.every == 0:
-                    row = self._validate(time.monotonic() - started)
-                self._save()
             if row is None:
                 row = self.parts.validate_student(self.engine.deployed)
             self._save_student(self.parts.folder.student_file)
@@ -214,7 +215,7 @@ class Trainer:
             self.record.close()
 
     def _train_epoch(self) -> bool:
-        """To the end of the epoch or of the run; False if asked to stop before."""
+        """To the end of the epoch or of the run, or to where it was asked to stop (True)."""
         config, progress, engine = self.parts.config, self.progress, self.engine
         engine.student.train()
         meter = TrainMeter(self.parts.log, self.record, config, self.loader.steps_per_epoch)
@@ -237,7 +238,7 @@ class Trainer:
         meter.flush(progress.epoch, progress.global_step, engine.learning_rate)
         if progress.step_in_epoch == self.loader.steps_per_epoch:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-        return self._complete or not stop
+        return stop
 
     @property
     def _complete(self) -> bool:

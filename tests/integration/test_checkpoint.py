@@ -27,7 +27,7 @@ def truncate(path: Path) -> None:
 
 
 def lose_a_file(path: Path) -> None:
-    (path / "rng-0.pt").unlink()
+    (path / "rank-0.pt").unlink()
 
 
 def lose_the_manifest(path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tdkd_dist.config import list_recipes
 from tdkd_dist.run_folder import RunFolder
@@ -158,6 +159,12 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tiny, folde
     assert f"at step {stopped_at}" in resumed.stdout
     steps = [row["global_step"] for row in read_rows(run.metrics_file) if "train/loss" in row]
     assert steps == list(range(1, stopped_at + 3))
+
+    whole = launch(*tiny, f"run.dir={folder}/whole", f"train.max_steps={stopped_at + 2}", "train.epochs=500")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    uninterrupted = load_file(folder / "whole" / "student.safetensors")
+    for name, tensor in load_file(run.student_file).items():
+        assert torch.equal(tensor, uninterrupted[name]), name
 
 
 @pytest.mark.slow
