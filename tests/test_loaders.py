@@ -474,6 +474,38 @@ def test_users_mistakes_name_the_key(folder: Path, tmp_path: Path) -> None:
     fails(DataConfig(train=str(tmp_path), format="imagefolder"), "no pictures in this class folder")
 
 
+@pytest.mark.parametrize("format", ["ffcv", "imagefolder"])
+def test_classes_must_agree_between_the_sets(tmp_path: Path, format: str) -> None:
+    """A class that the validation set lacks would shift the labels of all after it."""
+    for split, names in (("train", "abc"), ("val", "ac"), ("other", "abd"), ("same", "abc")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (9, 9)).save(tmp_path / split / name / "x.png")
+        write(FolderSource(tmp_path / split), tmp_path / f"{split}.beton")
+
+    def open_val(split: str) -> None:
+        train, val = (str(tmp_path / (s + (".beton" if format == "ffcv" else ""))) for s in ("train", split))
+        data = DataConfig(train=train, val=val, format=format)  # type: ignore[arg-type]
+        make_val_loader(data, batch_size=1, rank=0, world_size=1, device=CPU, workers=1).close()
+
+    with pytest.raises(ValueError, match=r"^data\.val=.*: 2 classes, not 3 \(see b\), unlike data\.train's$"):
+        open_val("val")
+    with pytest.raises(ValueError, match=r"^data\.val=.*: class 2 is d, not c, unlike data\.train's$"):
+        open_val("other")
+    open_val("same")
+
+
+def test_a_beton_without_a_manifest_is_taken_with_a_warning(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("ffcv")
+    (tmp_path / "x.beton").write_bytes((folder / "7.beton").read_bytes())
+    data = DataConfig(val=str(tmp_path / "x.beton"), image_size=SIZE)
+    loader = make_val_loader(data, batch_size=7, rank=0, world_size=1, device=CPU, workers=1)
+    assert loader.num_classes is None
+    assert "has no manifest" in caplog.text
+
+
 def test_a_machine_without_ffcv_can_use_imagefolder(folder: Path) -> None:
     code = f"""
 import sys

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tdkd_dist.config import DataConfig
-from tdkd_dist.data.beton import check_beton
+from tdkd_dist.data.checks import check_classes, say_where_it_is_cached
 from tdkd_dist.data.crops import CropRule, Ints
+from tdkd_dist.data.manifest import check_beton
 from tdkd_dist.data.sources import FolderSource
 
 Batch = tuple[Tensor, Tensor]
@@ -150,9 +151,12 @@ def _open(
         from tdkd_dist.data.folder_reader import FolderReader
 
         source = open_folder(path, key)
+        check_classes(data, key, source)
         reader = FolderReader(source, batch_size=batch_size, rule=rule, workers=workers, device=device)
         return reader, len(source.labels), len(source.class_names)
     info = check_beton(path, key)
+    check_classes(data, key, info)
+    say_where_it_is_cached(key, info.path)
     try:
         from tdkd_dist.data.ffcv_reader import FfcvReader
 

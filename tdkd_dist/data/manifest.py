@@ -71,6 +71,11 @@ class BetonInfo:
     manifest: Manifest | None
 
     @property
+    def class_names(self) -> list[str] | None:
+        """From the manifest, in the order of the labels; None where it is not known."""
+        return self.manifest.class_names if self.manifest else None
+
+    @property
     def num_classes(self) -> int | None:
         """From the manifest; None without one."""
         return self.manifest.num_classes if self.manifest else None

@@ -77,6 +77,11 @@ def of_split(found: Sequence[Path], split: str | None, prefixes: Mapping[str, tu
     return sorted(p for p in found if p.name.startswith(prefixes[split]))
 
 
+def class_folders(root: Path) -> list[str]:
+    """The names of the class folders in an ImageFolder tree, in the order of their labels."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+
+
 def decode_image(data: bytes | Path, name: str) -> Image:
     """An encoded picture as RGB, [H, W, 3]; grey, palette and CMYK are converted. `ValueError` if it is broken."""
     import io
@@ -100,7 +105,7 @@ class FolderSource:
         self.path = root
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder")
-        self.class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        self.class_names = class_folders(root)
         if not self.class_names:
             raise ValueError(f"{root}: no class folders in it")
         self._files: list[str] = []
