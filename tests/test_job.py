@@ -1,0 +1,77 @@
+"""What a rank does around the training: whose fault an error is, and signals as flags."""
+
+import os
+import signal
+
+import torch
+
+from tdkd_dist.config import Config, LossConfig
+from tdkd_dist.job import Job, _SignalFlags, cores_per_rank, is_users_mistake
+from tdkd_dist.submission import _bar, _LogTail
+from tdkd_dist.tracking import PROGRESS_PREFIX
+
+
+def caught(function) -> ValueError:
+    try:
+        function()
+    except ValueError as error:
+        return error
+    raise AssertionError("no ValueError")
+
+
+def test_our_own_value_errors_are_the_users_and_a_librarys_are_crashes():
+    assert is_users_mistake(caught(lambda: LossConfig(alpha=-1)))
+    assert not is_users_mistake(caught(lambda: torch.nn.Conv2d(3, 4, 3, groups=2)))
+
+
+def test_signals_ask_for_a_stop_and_only_usr2_for_a_requeue():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number, preempted in ((signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGUSR2, True)):
+            flags = _SignalFlags()
+            assert not flags.agreed()
+            os.kill(os.getpid(), number)
+            assert flags.agreed()
+            assert flags.preempted == preempted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_requeued_job_is_the_same_job():
+    job = Job(Config(), "weights.safetensors")
+    assert job.checkpoint().function is job
+
+
+def test_every_rank_has_a_core():
+    cores = len(os.sched_getaffinity(0))
+    assert cores_per_rank(1) == cores
+    assert cores_per_rank(10**6) == 1
+
+
+def test_a_followed_log_shows_whole_new_lines_once(tmp_path, capsys):
+    log = tmp_path / "log.txt"
+    log.write_text("from before\n")
+    tail = _LogTail(log)
+    with log.open("a") as stream:
+        stream.write("first · line\nhalf")
+    tail.show()
+    assert capsys.readouterr().out == "first · line\n"
+    with log.open("a") as stream:
+        stream.write(" and whole\n")
+    tail.show()
+    tail.show()
+    assert capsys.readouterr().out == "half and whole\n"
+
+
+def test_on_a_terminal_progress_is_one_line_with_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    log = tmp_path / "log.txt"
+    tail = _LogTail(log)
+    log.write_text(f"{PROGRESS_PREFIX}5/10 of epoch 1/2\n{PROGRESS_PREFIX}10/10 of epoch 1/2\nepoch 1/2 done\n")
+    tail.show()
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 1
+    assert "[##########..........]" in shown
+    assert shown.endswith("\r\x1b[Kepoch 1/2 done\n")
+    assert _bar(f"{PROGRESS_PREFIX}0/7 x", 4) == "[....]"
