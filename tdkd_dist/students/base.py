@@ -66,7 +66,7 @@ class SpikingNet(nn.Module):
         self, block: Block, widths: Sequence[int], depths: Sequence[int], first_stride: int, drop_path_rate: float
     ) -> int:
         """Add `layer1`, ..., of stride 2 from the second on, drop-path growing linearly; returns the channels."""
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
         channels = self.conv1.out_channels
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             blocks = nn.Sequential()
@@ -179,7 +179,7 @@ def batch_norm_repeated(bn: nn.Module, x: Tensor, repeats: int) -> Tensor:
     momentum: float | Tensor | None = bn.momentum
     if momentum is None:
         assert bn.num_batches_tracked is not None
-        momentum = 1 / bn.num_batches_tracked
+        momentum = 1 / bn.num_batches_tracked.to(before.dtype)
     kept = before * (1 - momentum)
     # Through .data, since autograd guards running_var for a backward pass that reads it in eval mode only.
     bn.running_var.data.copy_(kept + (bn.running_var - kept) * correction)
