@@ -51,11 +51,20 @@ class DataConfig:
     format: Literal["ffcv", "imagefolder"] = "ffcv"
     image_size: int = 224
     """Side of the crop that student and teacher see, in pixels."""
+    stage_to: str | None = None
+    """Copy betons to this folder on each node's own disk first, such as `$SLURM_TMPDIR` or `/scratch`."""
     workers: int | None = None
     """Loader threads a rank; None: this rank's share of the job's cores."""
     crop: Literal["random_resized", "shift", "none"] = "random_resized"
     """In training: `random_resized` (area 0.08 to 1), `shift` (zero-padded by image_size / 8, as on CIFAR), `none`."""
     flip: bool = True
+    cutout: int = 0
+    """Side of the black square put around a random pixel of each training crop; 0: none."""
+    erasing: float = 0.0
+    """Probability of filling a random box of the training crop with the mean (random erasing)."""
+    start_size: int | None = None
+    """Side of the training crops in epoch 0; it grows by multiples of 32 to `image_size` at `full_size_epoch`."""
+    full_size_epoch: int = 0
     crop_pct: float = 0.875
     """Validation: side of the centre crop over the shorter side (224 / 256)."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -64,6 +73,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.image_size >= 1, f"data.image_size={self.image_size}: must be at least 1")
         require(self.workers is None or self.workers >= 1, f"data.workers={self.workers}: must be at least 1")
+        require(self.cutout >= 0, f"data.cutout={self.cutout}: must not be negative (0: none)")
+        require(0 <= self.erasing <= 1, f"data.erasing={self.erasing}: must be in [0, 1]")
+        require(not (self.cutout and self.erasing), "data.cutout and data.erasing: choose one")
+        require(
+            self.start_size is None or 1 <= self.start_size <= self.image_size,
+            f"data.start_size={self.start_size}: must be in 1 to data.image_size={self.image_size}",
+        )
         require(0 < self.crop_pct <= 1, f"data.crop_pct={self.crop_pct}: must be in (0, 1]")
         require(all(s > 0 for s in self.std), f"data.std={list(self.std)}: must be positive")
 

@@ -4,11 +4,13 @@ Oracles: brute force over the permutation, torchvision's transforms, OpenCV's an
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tdkd_dist.config import DataConfig
-from tdkd_dist.data import crops, layout
-from tdkd_dist.data.beton import WriteOptions, write
+from tdkd_dist.data import crops, layout, staging
+from tdkd_dist.data.beton import WriteOptions, check_beton, write
 from tdkd_dist.data.crops import CropRule
 from tdkd_dist.data.loaders import (
     Batch,
@@ -30,9 +32,11 @@ from tdkd_dist.data.loaders import (
     default_workers,
     make_train_loader,
     make_val_loader,
+    train_rule,
 )
 from tdkd_dist.data.sources import FolderSource
 from tdkd_dist.data.sources import Image as Pixels
+from tdkd_dist.data.staging import staged
 
 SIZE = 16
 CPU = torch.device("cpu")
@@ -225,7 +229,7 @@ def picture_and_batch(data: DataConfig, epoch: int | None) -> Iterator[tuple[Pix
         rule, batches = CropRule(data.image_size, "center", crop_pct=data.crop_pct), iter(loader)  # type: ignore[arg-type]
     else:
         loader = make_train_loader(data, micro_batch=50, seed=5, **kwargs)  # type: ignore[arg-type]
-        rule, batches = CropRule(data.image_size, data.crop, flip=data.flip, seed=5), loader.epoch(epoch)
+        rule, batches = train_rule(data, 5), loader.epoch(epoch)
     source = Numbered(203)
     for images, labels in batches:
         for image, label in zip(images.numpy().copy(), labels.tolist(), strict=True):
@@ -269,6 +273,55 @@ def test_shifted_pixels_are_torchvisions_padded_crop(folder: Path, format: str) 
         assert np.abs(image.astype(int) - np.asarray(expected)).max() <= 1
         moves.add((down, right))
     assert {d for d, _ in moves} == {r for _, r in moves} == {-2, -1, 0, 1, 2}
+
+
+@pytest.mark.parametrize("format", ["ffcv", "imagefolder"])
+def test_cutout_is_a_black_square_around_any_pixel(folder: Path, format: str) -> None:
+    centres = set()
+    for pixels, plan, image in picture_and_batch(config(folder, 203, format, crop="none", cutout=6), epoch=0):
+        expected = resized(pixels, np.array([0, 0, *pixels.shape[:2]]), SIZE, format)
+        expected = (expected[:, ::-1] if plan[crops.FLIP] else expected).astype(int)
+        top, left, height, width = plan[crops.ERASE_TOP :]
+        assert 3 <= height <= 6
+        assert 3 <= width <= 6
+        # Less than six pixels only at a border.
+        assert height == 6 or top == 0 or top + height == SIZE
+        expected[top : top + height, left : left + width] = 0
+        assert np.abs(image.astype(int) - expected).max() <= 1
+        centres |= {(top, 0), (left, 1)}
+    assert len(centres) > 20
+
+
+@pytest.mark.parametrize("format", ["ffcv", "imagefolder"])
+def test_random_erasing(folder: Path, format: str) -> None:
+    erased = []
+    data = config(folder, 203, format, crop="none", erasing=0.5, mean=(0.5, 0.25, 1.0), flip=False)
+    for pixels, plan, image in picture_and_batch(data, epoch=0):
+        expected = resized(pixels, np.array([0, 0, *pixels.shape[:2]]), SIZE, format).astype(int)
+        top, left, height, width = plan[crops.ERASE_TOP :]
+        expected[top : top + height, left : left + width] = (128, 64, 255)
+        assert np.abs(image.astype(int) - expected).max() <= 1
+        erased.append(height * width / SIZE**2)
+    areas = np.array([area for area in erased if area])
+    assert 70 < len(areas) < 130
+    assert areas.min() > 0.01
+    assert areas.max() < 0.38
+    assert 0.13 < areas.mean() < 0.22
+
+
+def test_crops_grow_with_the_epochs(folder: Path) -> None:
+    data = DataConfig(train=str(folder / "203.beton"), image_size=224, start_size=128, full_size_epoch=10)
+    rule = train_rule(data, 0)
+    assert [rule.size_at(epoch) for epoch in range(12)] == [128] * 2 + [160] * 3 + [192] * 4 + [224] * 3
+    for format in ("ffcv", "imagefolder"):
+        data = config(folder, 203, format, start_size=8, full_size_epoch=1)
+        kwargs = {"batch_size": 100, "micro_batch": 100, "rank": 0, "world_size": 1}
+        loader = make_train_loader(data, seed=0, device=CPU, workers=1, **kwargs)
+        fixed = make_train_loader(config(folder, 203, format), seed=0, device=CPU, workers=1, **kwargs)
+        assert [images.shape[-1] for images, _ in loader.epoch(0)] == [8, 8]
+        assert seen(loader.epoch(1)) == seen(fixed.epoch(1))
+        loader.close()
+        fixed.close()
 
 
 @pytest.mark.parametrize("format", ["ffcv", "imagefolder"])
@@ -504,6 +557,36 @@ def test_a_beton_without_a_manifest_is_taken_with_a_warning(
     loader = make_val_loader(data, batch_size=7, rank=0, world_size=1, device=CPU, workers=1)
     assert loader.num_classes is None
     assert "has no manifest" in caplog.text
+
+
+def test_staging_copies_once_a_node(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_DISK", str(tmp_path))
+    with ProcessPoolExecutor(3) as pool:
+        copies = list(pool.map(staged, [folder / "203.beton"] * 6, ["$LOCAL_DISK/cache"] * 6))
+    assert len(set(copies)) == 1
+    assert copies[0].parent == tmp_path / "cache"
+    assert copies[0].read_bytes() == (folder / "203.beton").read_bytes()
+    assert check_beton(copies[0], "data.train").manifest == check_beton(folder / "203.beton", "data.train").manifest
+    before = copies[0].stat().st_mtime_ns
+    assert staged(folder / "203.beton", "$LOCAL_DISK/cache").stat().st_mtime_ns == before
+    assert staged(folder / "7.beton", str(tmp_path / "cache")) != copies[0]
+    assert not list((tmp_path / "cache").glob("*.partial"))
+    pytest.importorskip("ffcv")
+    data = config(folder, 7, stage_to=str(tmp_path / "cache"))
+    loader = make_val_loader(data, batch_size=7, rank=0, world_size=1, device=CPU, workers=1)
+    assert [index for index, _ in seen(loader)] == list(range(7))
+
+
+def test_staging_tells_what_is_wrong(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^data\.stage_to=/proc/x: "):
+        staged(folder / "7.beton", "/proc/x")
+    monkeypatch.setattr(staging, "_checksum", lambda path: 0)
+    with pytest.raises(ValueError, match=r"the copy of .* differs from it"):
+        staged(folder / "7.beton", str(tmp_path))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"^data\.stage_to=.*: 0\.0 GB free"):
+        staged(folder / "7.beton", str(tmp_path))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock"}
 
 
 def test_a_machine_without_ffcv_can_use_imagefolder(folder: Path) -> None:

@@ -15,19 +15,22 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-TOP, LEFT, HEIGHT, WIDTH, DOWN, RIGHT, FLIP = range(7)
-"""Columns of a plan: the source box, resized to the output; then a move by (DOWN, RIGHT) over black; then a flip."""
-PLAN_COLUMNS = 7
+TOP, LEFT, HEIGHT, WIDTH, DOWN, RIGHT, FLIP, ERASE_TOP, ERASE_LEFT, ERASE_HEIGHT, ERASE_WIDTH = range(11)
+"""Columns of a plan, in the order of its steps: the source box, which is resized to the output; a move of the output by
+(DOWN, RIGHT) over black; a flip; a box of the output to fill with one colour."""
+PLAN_COLUMNS = 11
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ATTEMPTS = 10
 _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
+_ERASE_SCALE = (0.02, 1 / 3)
+_ERASE_RATIO = (0.3, 3.3)
 
 
 @dataclass(frozen=True)
 class CropRule:
-    """How pictures become squares of `size` pixels."""
+    """How pictures become squares of `size` pixels, or smaller ones in the first epochs."""
 
     size: int
     crop: Literal["random_resized", "shift", "none", "center"]
@@ -35,6 +38,21 @@ class CropRule:
     crop_pct: float = 1.0
     """`center`: side of the crop over the picture's shorter side."""
     seed: int = 0
+    cutout: int = 0
+    """Side of the square that is filled around a random pixel."""
+    erasing: float = 0.0
+    """Probability of filling a random box of 0.02 to 0.33 of the area (timm's random erasing)."""
+    fill: tuple[int, int, int] = (0, 0, 0)
+    start_size: int | None = None
+    """Size in epoch 0; it grows in steps of 32 to `size` at epoch `full_size_epoch`."""
+    full_size_epoch: int = 0
+
+    def size_at(self, epoch: int) -> int:
+        """Side of an epoch's pictures."""
+        if self.start_size is None or epoch >= self.full_size_epoch:
+            return self.size
+        grown = self.start_size + (self.size - self.start_size) * epoch / self.full_size_epoch
+        return min(self.size, max(self.start_size, 32 * round(grown / 32)))
 
     def plan(self, epoch: int, indices_B: Ints, heights_B: Ints, widths_B: Ints) -> Ints:
         """The plan [B, P] of the pictures `indices_B`, whose sizes are `heights_B` and `widths_B`."""
@@ -43,14 +61,20 @@ class CropRule:
         if self.crop == "center":
             plan_BP[:, TOP : WIDTH + 1] = center_boxes(heights_B, widths_B, self.crop_pct)
             return plan_BP
-        draws_BD = uniform_draws(self.seed, epoch, indices_B, 1 + 4 * _ATTEMPTS)
+        draws_BD = uniform_draws(self.seed, epoch, indices_B, 6 + 4 * _ATTEMPTS)
+        size = self.size_at(epoch)
         if self.flip:
             plan_BP[:, FLIP] = draws_BD[:, 0] < 0.5
         if self.crop == "random_resized":
-            plan_BP[:, TOP : WIDTH + 1] = random_resized_boxes(heights_B, widths_B, draws_BD[:, 1:])
+            plan_BP[:, TOP : WIDTH + 1] = random_resized_boxes(heights_B, widths_B, draws_BD[:, 6:])
         elif self.crop == "shift":
-            pad = self.size // 8
-            plan_BP[:, DOWN : RIGHT + 1] = np.floor(draws_BD[:, 1:3] * (2 * pad + 1)) - pad
+            pad = size // 8
+            plan_BP[:, DOWN : RIGHT + 1] = np.floor(draws_BD[:, 6:8] * (2 * pad + 1)) - pad
+        if self.cutout:
+            plan_BP[:, ERASE_TOP:] = cutout_boxes(size, self.cutout, draws_BD[:, 1:3])
+        elif self.erasing:
+            erase_B = draws_BD[:, 1] < self.erasing
+            plan_BP[erase_B, ERASE_TOP:] = erased_boxes(size, draws_BD[erase_B, 2:6])
         return plan_BP
 
 
@@ -95,6 +119,24 @@ def random_resized_boxes(heights_B: Ints, widths_B: Ints, draws_BD: Floats) -> I
     boxes_BA4 = np.stack([top_BA, left_BA, h_BA, w_BA], axis=2)
     boxes_B4 = boxes_BA4[np.arange(len(first_B)), first_B]
     return np.where(fits_BA.any(axis=1)[:, None], boxes_B4, _widest_boxes(heights_B, widths_B))
+
+
+def cutout_boxes(size: int, side: int, draws_B2: Floats) -> Ints:
+    """(top, left, height, width) of squares around a random pixel, clipped at the border, [B, 4]."""
+    centre_B2 = np.floor(draws_B2 * size).astype(np.int64)
+    first_B2 = np.maximum(0, centre_B2 - side // 2)
+    last_B2 = np.minimum(size, centre_B2 - side // 2 + side)
+    return np.concatenate([first_B2, last_B2 - first_B2], axis=1)
+
+
+def erased_boxes(size: int, draws_B4: Floats) -> Ints:
+    """(top, left, height, width) of boxes with timm's areas and ratios, [B, 4]."""
+    area_B = size**2 * (_ERASE_SCALE[0] + (_ERASE_SCALE[1] - _ERASE_SCALE[0]) * draws_B4[:, 0])
+    low, high = np.log(_ERASE_RATIO)
+    ratio_B = np.exp(low + (high - low) * draws_B4[:, 1])
+    sides_B2 = np.rint(np.sqrt(np.stack([area_B * ratio_B, area_B / ratio_B], axis=1))).astype(np.int64)
+    sides_B2 = np.clip(sides_B2, 1, size)
+    return np.concatenate([np.floor(draws_B4[:, 2:] * (size - sides_B2 + 1)).astype(np.int64), sides_B2], axis=1)
 
 
 def _widest_boxes(heights_B: Ints, widths_B: Ints) -> Ints:

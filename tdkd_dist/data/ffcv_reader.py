@@ -19,7 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdkd_dist.data.crops import DOWN, FLIP, HEIGHT, LEFT, PLAN_COLUMNS, RIGHT, TOP, WIDTH, CropRule, Ints
+from tdkd_dist.data.crops import (
+    DOWN,
+    ERASE_HEIGHT,
+    ERASE_LEFT,
+    ERASE_TOP,
+    ERASE_WIDTH,
+    FLIP,
+    HEIGHT,
+    LEFT,
+    PLAN_COLUMNS,
+    RIGHT,
+    TOP,
+    WIDTH,
+    CropRule,
+    Ints,
+)
 
 STALL_SECONDS = 600.0
 """Longest wait for a batch from a thread that still lives."""
@@ -37,7 +52,7 @@ class FfcvReader:
 
         self.path, self.rule = path, rule
         on_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
-        self._decoder = _decoder_class()(rule.size)
+        self._decoder = _decoder_class()(rule)
         with _keep_torch_threads():
             self._loader = Loader(
                 str(path),
@@ -64,6 +79,8 @@ class FfcvReader:
         if len(order) == 0:
             return
         threads = torch.get_num_threads()
+        # FFCV asks the decoder for its shape whenever it allocates an epoch's buffers.
+        self._decoder.size = self.rule.size_at(epoch)
         self._open = iterator = _iterator_class()(self._loader, order, self._plan_node, self._plan_for(epoch))
         try:
             for images_BCHW, labels_B1 in iterator:
@@ -105,14 +122,14 @@ def _decoder_class() -> Any:
     from ffcv.pipeline.compiler import Compiler
 
     decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-    move, mirror = Compiler.compile(_move), Compiler.compile(_mirror)
+    move, mirror, erase = Compiler.compile(_move), Compiler.compile(_mirror), Compiler.compile(_erase)
 
     class PlanDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
         """Decodes, then follows the plan in its second buffer."""
 
-        def __init__(self, size: int):
+        def __init__(self, rule: CropRule):
             super().__init__()
-            self.size = size
+            self.size, self.fill = rule.size, np.array(rule.fill, dtype=np.uint8)
 
         def declare_state_and_memory(self, previous_state: Any) -> Any:
             shape = (self.size, self.size, 3)
@@ -124,7 +141,7 @@ def _decoder_class() -> Any:
 
         def generate_code(self) -> Callable[..., Any]:
             read, threads = self.memory_read, Compiler.get_iterator()
-            jpeg = IMAGE_MODES["jpg"]
+            jpeg, fill = IMAGE_MODES["jpg"], self.fill
 
             def decode(batch_indices: Any, memory: Any, metadata: Any, storage_state: Any) -> Any:
                 images, plans = memory
@@ -149,6 +166,8 @@ def _decoder_class() -> Any:
                         move(image, plan[DOWN], plan[RIGHT])
                     if plan[FLIP] != 0:
                         mirror(image)
+                    if plan[ERASE_HEIGHT] != 0:
+                        erase(image, plan[ERASE_TOP], plan[ERASE_LEFT], plan[ERASE_HEIGHT], plan[ERASE_WIDTH], fill)
                 return images[: len(batch_indices)]
 
             decode.is_parallel = True  # type: ignore[attr-defined]
@@ -177,6 +196,14 @@ def _mirror(image_HWC: Any) -> None:
                 left = image_HWC[y, x, c]
                 image_HWC[y, x, c] = image_HWC[y, width - 1 - x, c]
                 image_HWC[y, width - 1 - x, c] = left
+
+
+def _erase(image_HWC: Any, top: int, left: int, height: int, width: int, fill_C: Any) -> None:
+    """Fill a box in place (compiled)."""
+    for y in range(top, top + height):
+        for x in range(left, left + width):
+            for c in range(3):
+                image_HWC[y, x, c] = fill_C[c]
 
 
 @cache

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tdkd_dist.data.crops import DOWN, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, CropRule, Ints
+from tdkd_dist.data.crops import DOWN, ERASE_TOP, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, CropRule, Ints
 from tdkd_dist.data.sources import FolderSource, Image, Source
 
 STALL_SECONDS = 600
@@ -85,10 +85,10 @@ class _Pictures(Dataset[tuple[Image, np.int64]]):
         pixels_HWC = self.source.read(index)
         height, width = pixels_HWC.shape[:2]
         plan_1P = self.rule.plan(epoch, np.array([index]), np.array([height]), np.array([width]))
-        return follow(plan_1P[0], pixels_HWC, self.rule.size), self.source.labels[index]
+        return follow(plan_1P[0], pixels_HWC, self.rule.size_at(epoch), self.rule.fill), self.source.labels[index]
 
 
-def follow(plan_P: NDArray[np.int64], pixels_HWC: Image, size: int) -> Image:
+def follow(plan_P: NDArray[np.int64], pixels_HWC: Image, size: int, fill: tuple[int, int, int] = (0, 0, 0)) -> Image:
     """What the plan makes of a picture: [size, size, 3]."""
     from PIL import Image as Pillow
 
@@ -99,7 +99,11 @@ def follow(plan_P: NDArray[np.int64], pixels_HWC: Image, size: int) -> Image:
     down, right = int(plan_P[DOWN]), int(plan_P[RIGHT])
     if down or right:
         image_HWC = _moved(image_HWC, down, right)
-    return np.ascontiguousarray(image_HWC[:, ::-1]) if plan_P[FLIP] else image_HWC
+    if plan_P[FLIP]:
+        image_HWC = np.ascontiguousarray(image_HWC[:, ::-1])
+    top, left, height, width = (int(n) for n in plan_P[ERASE_TOP:])
+    image_HWC[top : top + height, left : left + width] = fill
+    return image_HWC
 
 
 def _moved(image_HWC: Image, down: int, right: int) -> Image:

@@ -20,6 +20,7 @@ from tdkd_dist.data.checks import check_classes, say_where_it_is_cached
 from tdkd_dist.data.crops import CropRule, Ints
 from tdkd_dist.data.manifest import check_beton
 from tdkd_dist.data.sources import FolderSource
+from tdkd_dist.data.staging import staged
 
 Batch = tuple[Tensor, Tensor]
 """Images uint8 [b, 3, H, W], channels_last, and labels int64 [b]; valid until the next one is asked for."""
@@ -116,13 +117,30 @@ def make_train_loader(
         raise ValueError(
             f"train.batch_size={batch_size} does not divide over {world_size} ranks in micro-batches of {micro_batch}"
         )
-    rule = CropRule(data.image_size, data.crop, flip=data.flip, seed=seed)
+    rule = train_rule(data, seed)
     reader, num_samples, num_classes = _open("train", data, rule, micro_batch, device, workers)
     if num_samples < batch_size:
         reader.close()
         raise ValueError(f"train.batch_size={batch_size}: data.train={data.train} holds only {num_samples} samples")
     return TrainLoader(
         reader, num_samples, num_classes, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed
+    )
+
+
+def train_rule(data: DataConfig, seed: int) -> CropRule:
+    """The augmentation that the configuration asks for."""
+    # Random erasing is applied to normalised pictures elsewhere, with 0: that is the mean here.
+    mean = tuple(round(255 * m) for m in data.mean)
+    return CropRule(
+        data.image_size,
+        data.crop,
+        flip=data.flip,
+        seed=seed,
+        cutout=data.cutout,
+        erasing=data.erasing,
+        fill=(0, 0, 0) if data.cutout else (mean[0], mean[1], mean[2]),
+        start_size=data.start_size,
+        full_size_epoch=data.full_size_epoch,
     )
 
 
@@ -156,12 +174,13 @@ def _open(
         return reader, len(source.labels), len(source.class_names)
     info = check_beton(path, key)
     check_classes(data, key, info)
-    say_where_it_is_cached(key, info.path)
+    here = staged(info.path, data.stage_to) if data.stage_to else info.path
+    say_where_it_is_cached(key, here)
     try:
         from tdkd_dist.data.ffcv_reader import FfcvReader
 
         return (
-            FfcvReader(Path(path), batch_size=batch_size, rule=rule, workers=workers, device=device),
+            FfcvReader(here, batch_size=batch_size, rule=rule, workers=workers, device=device),
             info.num_samples,
             info.num_classes,
         )
