@@ -67,7 +67,9 @@ def submit(arguments: list[str]) -> int:
             f"global batch: {config.train.batch_size} = {config.launcher.world_size} rank(s) x"
             f" {config.accumulation} micro-batch(es) x {config.micro_batch} images"
         )
-        print(f"steps per epoch: {findings.steps_per_epoch(config) or 'known once data.train is given'}")
+        print(f"steps per epoch: {findings.steps_per_epoch(config) or 'known once data.train is here'}")
+        for line in findings.absent:
+            print(f"not here yet: {line}")
         return 0
     if folder.config_file.exists():
         folder.check_same(config)

@@ -1,7 +1,8 @@
 """All that can be checked before a job is submitted and a GPU touched."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import timm.optim
 import torch
@@ -16,66 +17,80 @@ from tdkd_dist.weights import load_weights
 
 @dataclass
 class Findings:
-    """What the checks learned; None where the recipe does not say yet (a dry run)."""
+    """What the checks learned."""
 
-    train_samples: int | None
-    val_samples: int | None
-    teacher_weights: str | None
+    train_samples: int | None = None
+    val_samples: int | None = None
+    teacher_weights: str | None = None
+    """timm's weights of the teacher on this machine."""
+    absent: list[str] = field(default_factory=list)
+    """Dry run: what is not here yet, a line each."""
 
     def steps_per_epoch(self, config: Config) -> int | None:
-        """Optimiser steps an epoch; the tail that fills no batch is dropped."""
+        """Optimiser steps an epoch; the tail that fills no batch is dropped. None: the data is not here yet."""
         return None if self.train_samples is None else self.train_samples // config.train.batch_size
 
 
 def check(config: Config, *, cluster: str, dry_run: bool = False) -> Findings:
     """Check files, names, classes and the machine against each other.
 
-    Raises `ValueError` with one line that names the key or file. A dry run lets data paths be absent and fetches no
-    weights; what is given is checked all the same.
+    Raises `ValueError` with one line that names the key or file. A dry run fetches no weights, and lists what is
+    merely absent (files, GPUs) instead of raising; what is here is checked all the same.
     """
-    _check_machine(config, cluster)
-    train_samples = val_samples = None
+    found = Findings()
+    _check_machine(config, cluster, found, dry_run)
     if config.train.epochs > 0:
-        train_samples = _check_data(config, "train", dry_run)
-    val_samples = _check_data(config, "val", dry_run)
-    if train_samples is not None:
-        require(
-            train_samples >= config.train.batch_size,
-            f"train.batch_size={config.train.batch_size}: data.train={config.data.train} has only {train_samples}"
-            " images",
-        )
+        found.train_samples = _check_data(config, "train", found, dry_run)
+    found.val_samples = _check_data(config, "val", found, dry_run)
+    require(
+        found.train_samples is None or found.train_samples >= config.train.batch_size,
+        f"train.batch_size={config.train.batch_size}: data.train={config.data.train} has only {found.train_samples}"
+        " images",
+    )
     names = timm.optim.list_optimizers()
     require(config.optim.name in names, f"optim.name={config.optim.name}: timm knows {', '.join(names[:12])}, ...")
-    _check_student(config)
-    teacher_weights = None
+    _check_student(config, found, dry_run)
     if config.loss.alpha > 0 and config.train.epochs > 0:
-        teacher_weights = _check_teacher(config, dry_run)
-    return Findings(train_samples, val_samples, teacher_weights)
+        _check_teacher(config, found, dry_run)
+    return found
 
 
-def _check_machine(config: Config, cluster: str) -> None:
+def _is_here(path: str, key: str, found: Findings, dry_run: bool) -> bool:
+    if dry_run and not Path(path).exists():
+        found.absent.append(f"{key}={path}: no such file")
+        return False
+    return True
+
+
+def _check_machine(config: Config, cluster: str, found: Findings, dry_run: bool) -> None:
     launcher, data = config.launcher, config.data
     if cluster == "slurm":
         return
-    require(
-        launcher.nodes == 1, f"launcher.nodes={launcher.nodes}: this machine is one node; use launcher.cluster=slurm"
-    )
     cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
-    require(
-        launcher.gpus_per_node <= gpus,
-        f"launcher.gpus_per_node={launcher.gpus_per_node}: this machine has {gpus};"
-        " launcher.gpus_per_node=0 trains on the CPU",
-    )
-    require(
-        data.workers is None or data.workers <= cores, f"data.workers={data.workers}: this machine has {cores} cores"
-    )
+    for fits, message in (
+        (launcher.nodes == 1, f"launcher.nodes={launcher.nodes}: this machine is one; use launcher.cluster=slurm"),
+        (
+            launcher.gpus_per_node <= gpus,
+            f"launcher.gpus_per_node={launcher.gpus_per_node}: this machine has {gpus};"
+            " launcher.gpus_per_node=0 trains on the CPU",
+        ),
+        (data.workers is None or data.workers <= cores, f"data.workers={data.workers}: only {cores} cores here"),
+    ):
+        if dry_run and not fits:
+            found.absent.append(message)
+        else:
+            require(fits, message)
 
 
-def _check_data(config: Config, split: str, dry_run: bool) -> int | None:
+def _check_data(config: Config, split: str, found: Findings, dry_run: bool) -> int | None:
     path, key = getattr(config.data, split), f"data.{split}"
     if path is None:
         what = "a beton (see tools/write_beton.py)" if config.data.format == "ffcv" else "an ImageFolder tree"
-        require(dry_run, f"{key} is not set: give the path of {what}")
+        message = f"{key} is not set: give the path of {what}"
+        require(dry_run, message)
+        found.absent.append(message)
+        return None
+    if not _is_here(path, key, found, dry_run):
         return None
     if config.data.format == "imagefolder":
         source = open_folder(path, key)
@@ -90,23 +105,25 @@ def _check_data(config: Config, split: str, dry_run: bool) -> int | None:
     return samples
 
 
-def _check_student(config: Config) -> None:
+def _check_student(config: Config, found: Findings, dry_run: bool) -> None:
     student = create_student(config.student)
     require(
         is_spiking(student) or (config.student.num_timesteps == 1 and config.eval_timesteps == 1),
         f"student.model={config.student.model} is no spiking network: set student.num_timesteps=1",
     )
-    if config.student.checkpoint is not None:
-        load_weights(student, config.student.checkpoint, "student.checkpoint")
+    checkpoint = config.student.checkpoint
+    if checkpoint is not None and _is_here(checkpoint, "student.checkpoint", found, dry_run):
+        load_weights(student, checkpoint, "student.checkpoint")
 
 
-def _check_teacher(config: Config, dry_run: bool) -> str | None:
+def _check_teacher(config: Config, found: Findings, dry_run: bool) -> None:
     teacher, student = config.teacher, config.student
     check_name(teacher)
     if teacher.checkpoint is not None:
-        create_teacher(teacher, config.data, num_classes=student.num_classes, in_chans=student.in_chans)
+        if _is_here(teacher.checkpoint, "teacher.checkpoint", found, dry_run):
+            create_teacher(teacher, config.data, num_classes=student.num_classes, in_chans=student.in_chans)
     elif teacher.pretrained:
         assert teacher.name is not None
         check_pretrained_classes(teacher.name, student.num_classes)
-        return None if dry_run else fetch_weights(teacher.name)
-    return None
+        if not dry_run:
+            found.teacher_weights = fetch_weights(teacher.name)

@@ -143,10 +143,14 @@ def fetch_weights(name: str) -> str:
 
 def _fetch_from_hub(repo: str, revision: str | None) -> str:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         return hf_hub_download(repo, "model.safetensors", revision=revision)
+    except LocalEntryNotFoundError:  # no network: another name will not be found either
+        raise
     except EntryNotFoundError:
         return hf_hub_download(repo, "pytorch_model.bin", revision=revision)
 
