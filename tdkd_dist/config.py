@@ -114,8 +114,14 @@ class StudentConfig:
     width: int | None = None
     """Channels of the first stage; None: the model's default."""
     in_chans: int = 3
+    drop_path: float = 0.0
+    """Chance that the last block's residual branch is dropped for a sample; it grows linearly from 0 at the first."""
+    zero_init_last: bool | None = None
+    """Start the last batch norm of each residual branch at 0; None: the model's default (true for ms_resnet)."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.drop_path < 1, f"student.drop_path={self.drop_path}: must be in [0, 1)")
+        require(self.in_chans >= 1, f"student.in_chans={self.in_chans}: must be at least 1")
         require(self.num_timesteps >= 1, f"student.num_timesteps={self.num_timesteps}: must be at least 1")
         require(self.num_classes >= 1, f"student.num_classes={self.num_classes}: must be at least 1")
         require(self.width is None or self.width >= 1, f"student.width={self.width}: must be at least 1")

@@ -117,7 +117,7 @@ def read_tensors(path: str | os.PathLike[str], key: str, wrappers: Sequence[str]
     try:
         content = load_file(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{key}={path}: holds more than tensors, and nothing else is loaded") from error
+        raise ValueError(f"{key}={path}: not a checkpoint of tensors alone, or cut short") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{key}={path}: not a checkpoint, or cut short ({cause})") from error
@@ -193,13 +193,22 @@ def convert_spikingjelly(
     return scaled
 
 
-def take_fitting(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    """Start a student from a ReLU network's weights: copy what has the same name and shape, say what was taken."""
+def start_from_relu(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> str:
+    """Start a student from a ReLU network's weights and say what was taken.
+
+    Everything must fit (`ValueError`, as `fit`) but a classifier for other classes and what only the student has, the
+    learned leaks: those stay as initialised.
+    """
     own = model.state_dict()
-    fitting = {n: t for n, t in tensors.items() if n in own and t.shape == own[n].shape}
-    model.load_state_dict(fitting, strict=False)
-    left = [n for n in own if n not in fitting]
-    return f"took {len(fitting)} of {len(own)} tensors" + (f"; left as initialised: {_some(left)}" if left else "")
+    left = {n: t for n, t in own.items() if n.endswith(".w") and n not in tensors}
+    for layer in _classifiers(model):
+        names = [n for n in own if n.rpartition(".")[0] == layer]
+        if any(n not in tensors or tensors[n].shape != own[n].shape for n in names):
+            left |= {n: own[n] for n in names}
+    fit(model, {**tensors, **left}, where)
+    return f"took {len(own) - len(left)} of {len(own)} tensors" + (
+        f"; left as initialised: {_some(left)}" if left else ""
+    )
 
 
 def import_student(
@@ -218,11 +227,8 @@ def import_student(
     """
     model = create_student(student)
     if form == "timm":
-        pretrained = not os.path.isfile(source)
-        tensors = _pretrained(source) if pretrained else read_tensors(source, "source")
-        taken = take_fitting(model, tensors)
-        if taken.startswith("took 0 "):
-            raise ValueError(f"source={source}: has no tensor that fits {student.model}, only {_some(tensors)}")
+        tensors = read_tensors(source, "source") if os.path.isfile(source) else _pretrained(source)
+        taken = start_from_relu(model, tensors, f"source={source}")
     else:
         tensors = read_tensors(source, "source", ("best_net", *WRAPPERS))
         if form == "official":

@@ -507,6 +507,9 @@ def test_create_student_passes_on_what_the_model_takes():
     assert is_spiking(torch.compile(spiking))
     assert spiking(torch.randn(2, 1, 28, 28)).shape == (2, 2, 3)
     assert spiking.layer1[0].connect == "IAND"
+    dropped = create_student(StudentConfig("sew_resnet8", drop_path=0.2, zero_init_last=True))
+    assert dropped.layer3[0].drop_path.rate == 0.2
+    assert not dropped.layer3[0].bn2.weight.any()
     ordinary = create_student(StudentConfig("resnet18", num_classes=3, in_chans=1))
     assert not is_spiking(ordinary)
     assert ordinary.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 3)
@@ -521,6 +524,9 @@ def test_create_student_passes_on_what_the_model_takes():
         ({"model": "preact_resnet34", "connect": "ADD"}, r"student\.connect=ADD: preact_resnet34 "),
         ({"model": "resnet18", "connect": "ADD"}, r"student\.connect=ADD: resnet18 "),
         ({"model": "resnet18", "width": 8}, r"student\.width=8: resnet18 "),
+        ({"model": "resnet18", "zero_init_last": True}, r"student\.zero_init_last=True: resnet18 "),
+        ({"model": "resnet18", "drop_path": 0.1}, r"student\.drop_path=0\.1: resnet18 "),
+        ({"model": "sew_resnet18", "drop_path": 1.0}, r"student\.drop_path=1\.0: must be in \[0, 1\)"),
         ({"model": "sew_resnet18", "connect": "OR"}, r"student\.connect=OR: must be one of ADD, AND, IAND"),
     ],
 )

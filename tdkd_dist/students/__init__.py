@@ -40,8 +40,10 @@ def create_student(cfg: StudentConfig) -> nn.Module:
         raise ValueError(f"student.model={cfg.model}: no such model; {hint}")
     if cfg.connect is not None and cfg.model not in _SEW:
         raise ValueError(f"student.connect={cfg.connect}: {cfg.model} has no such choice, only SEW-ResNets do")
-    if cfg.width is not None and not spiking:
-        raise ValueError(f"student.width={cfg.width}: {cfg.model} has no such choice, only spiking students do")
+    only_spiking = {"width": cfg.width, "drop_path": cfg.drop_path or None, "zero_init_last": cfg.zero_init_last}
+    for key, value in only_spiking.items():
+        if value is not None and not spiking:
+            raise ValueError(f"student.{key}={value}: {cfg.model} has no such choice, only spiking students do")
     arguments: dict[str, Any] = {"num_classes": cfg.num_classes, "in_chans": cfg.in_chans}
     if spiking:
         arguments |= {
@@ -49,6 +51,8 @@ def create_student(cfg: StudentConfig) -> nn.Module:
             "neuron": cfg.neuron,
             "connect": cfg.connect,
             "width": cfg.width,
+            "drop_path_rate": cfg.drop_path,
+            "zero_init_last": cfg.zero_init_last,
         }
     try:
         model: nn.Module = timm.create_model(cfg.model, **arguments)  # which drops arguments that are None

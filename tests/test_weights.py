@@ -1,0 +1,351 @@
+"""Files in and out: what is written comes back, what others wrote is read, and what does not fit is named."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tdkd_dist.weights
+from tdkd_dist.config import StudentConfig
+from tdkd_dist.neurons import NeuronConfig
+from tdkd_dist.students import create_student
+from tdkd_dist.weights import load_student, load_weights, read_metadata, save_student
+
+TOOL = Path(__file__).parent.parent / "tools" / "import_weights.py"
+SMALL = {"num_classes": 5, "num_timesteps": 3, "width": 8}
+SHOWN = {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads only wait for each other on tensors of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(config: StudentConfig) -> nn.Module:
+    """A student whose batch norms are not the ones it starts with."""
+    torch.manual_seed(0)
+    net = create_student(config)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.8, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(0.3, 0.2)
+    return net.eval()
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process: importing torch anew for each call takes longer than the test."""
+    spec = importlib.util.spec_from_file_location("import_weights", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = module.main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def complaint(model: nn.Module, path: Path) -> str:
+    """What `load_weights` says of a file, one line that starts with key and file."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^student\.checkpoint=[^\n]*$") as error:
+        load_weights(model, path, "student.checkpoint")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    start = f"student.checkpoint={path}: "
+    assert str(error.value).startswith(start)
+    return str(error.value).removeprefix(start)
+
+
+@pytest.fixture
+def student() -> tuple[StudentConfig, nn.Module]:
+    config = StudentConfig("sew_resnet8", **SMALL)
+    return config, trained(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StudentConfig("sew_resnet8", connect="IAND", neuron=NeuronConfig(decay=0.2, v_reset=0.1), **SMALL),
+        StudentConfig("sew_resnet50", neuron=NeuronConfig("plif", surrogate="atan", detach_reset=True), **SMALL),
+        StudentConfig("ms_resnet18", neuron=NeuronConfig(surrogate="triangle", surrogate_alpha=0.7), **SMALL),
+        StudentConfig("preact_resnet34", neuron=NeuronConfig("if"), **SMALL),
+        StudentConfig("spiking_resnet19", neuron=NeuronConfig(surrogate="rectangle"), **SMALL),
+        StudentConfig("resnet18", num_classes=5),
+    ],
+    ids=lambda config: config.model,
+)
+def test_a_student_comes_back(config, tmp_path):
+    path = tmp_path / "student.safetensors"
+    net = trained(config).to(memory_format=torch.channels_last)
+    save_student(path, net.state_dict(), config, **SHOWN, extra={"epoch": "7"})
+    net = net.to(memory_format=torch.contiguous_format)  # as the file, so that rounding is the same
+    again = load_student(path)
+    assert not again.training
+    assert torch.equal(again(images()), net(images()))
+    for name, value in SHOWN.items():
+        assert again.default_cfg[name] == value
+    assert again.default_cfg["num_classes"] == 5
+    metadata = read_metadata(path)
+    assert metadata["epoch"] == "7"
+    described = metadata["student"]
+    assert described["model"] == config.model
+    assert described["num_timesteps"] == config.num_timesteps
+    assert described["neuron"]["surrogate"] == config.neuron.surrogate
+    assert described["neuron"]["surrogate_alpha"] == config.neuron.slope
+    assert "checkpoint" not in described
+    if hasattr(net, "neuron"):
+        assert again.neuron == NeuronConfig(**described["neuron"])
+
+
+def test_a_file_appears_whole_or_not_at_all(student, tmp_path, monkeypatch):
+    config, net = student
+    path = tmp_path / "student.safetensors"
+    save_student(path, net.state_dict(), config, **SHOWN)
+    whole = path.read_bytes()
+
+    def half(tensors, name, metadata):
+        Path(name).write_bytes(whole[:1000])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tdkd_dist.weights, "save_file", half)
+    with pytest.raises(OSError, match="No space left"):
+        save_student(path, net.state_dict(), config, **SHOWN)
+    assert path.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+def test_files_of_torch_save(student, prefix, wrapper, tmp_path):
+    config, net = student
+    tensors = {prefix + name: tensor for name, tensor in net.state_dict().items()}
+    torch.save({wrapper: tensors, "epoch": 3} if wrapper else tensors, tmp_path / "student.pth")
+    again = create_student(config).eval()
+    load_weights(again, tmp_path / "student.pth", "student.checkpoint")
+    assert torch.equal(again(images()), net(images()))
+    assert read_metadata(tmp_path / "student.pth") is None
+
+
+def test_counts_of_batches_may_be_missing(student, tmp_path):
+    """As in files from before batch norm counted, torchvision's among them."""
+    config, net = student
+    torch.save({n: t for n, t in net.state_dict().items() if "num_batches" not in n}, tmp_path / "old.pth")
+    again = create_student(config).eval()
+    load_weights(again, tmp_path / "old.pth", "student.checkpoint")
+    assert torch.equal(again(images()), net(images()))
+
+
+class Trap:
+    """A pickle that leaves a file behind when it is executed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_what_is_no_checkpoint_is_said_so(student, tmp_path):
+    config, net = student
+    good, cut = tmp_path / "good.safetensors", tmp_path / "cut.safetensors"
+    save_student(good, net.state_dict(), config, **SHOWN)
+    cut.write_bytes(good.read_bytes()[:-1000])
+    assert complaint(net, cut).startswith("not a checkpoint, or cut short")
+    with pytest.raises(ValueError, match=r"cut\.safetensors: not a safetensors file, or cut short"):
+        load_student(cut)
+
+    pickled = tmp_path / "student.pth"
+    torch.save(net.state_dict(), pickled)
+    whole = pickled.read_bytes()
+    for length in (0, 10, 5000, len(whole) - 100):
+        pickled.write_bytes(whole[:length])
+        assert complaint(net, pickled).startswith("not a checkpoint")
+
+    (tmp_path / "notes.txt").write_text("not weights")
+    assert complaint(net, tmp_path / "notes.txt").startswith("not a checkpoint")
+    assert complaint(net, tmp_path / "nowhere.pth") == "no such file"
+    torch.save({"net": net.state_dict()}, tmp_path / "wrapped.pth")
+    assert complaint(net, tmp_path / "wrapped.pth").endswith("found a dict with keys net")
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert complaint(net, tmp_path / "list.pth").endswith("found a list")
+
+    torch.save({"model": net.state_dict(), "hook": Trap(tmp_path / "executed")}, tmp_path / "trap.pth")
+    assert complaint(net, tmp_path / "trap.pth").startswith("not a checkpoint of tensors alone")
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "trap.pth", weights_only=False)
+    assert (tmp_path / "executed").exists(), "the trap works"
+
+
+def test_what_does_not_fit_is_named(student, tmp_path):
+    config, net = student
+    path = tmp_path / "student.safetensors"
+    save_student(path, net.state_dict(), config, **SHOWN)
+
+    other_classes = create_student(StudentConfig("sew_resnet8", **SMALL | {"num_classes": 1000}))
+    assert complaint(other_classes, path) == "has 5 classes, 1000 wanted"
+    assert complaint(timm.create_model("resnet18", num_classes=7), path).startswith("has 5 classes, 7 wanted; lacks ")
+    wider = complaint(create_student(StudentConfig("sew_resnet8", **SMALL | {"width": 16})), path)
+    assert wider.startswith("has conv1.weight [8, 3, 3, 3] instead of [16, 3, 3, 3], bn1.weight [8] instead of [16]")
+
+    tensors = net.state_dict()
+    torch.save({n: t for n, t in tensors.items() if n != "layer2.0.bn1.bias"}, tmp_path / "missing.pth")
+    assert complaint(net, tmp_path / "missing.pth") == "lacks layer2.0.bn1.bias"
+    torch.save(dict(tensors) | {"layer9.weight": torch.zeros(1)}, tmp_path / "extra.pth")
+    assert complaint(net, tmp_path / "extra.pth") == "has layer9.weight that the model lacks"
+    learned = create_student(StudentConfig("sew_resnet8", neuron=NeuronConfig("plif"), **SMALL))
+    torch.save(learned.state_dict(), tmp_path / "plif.pth")
+    assert complaint(net, tmp_path / "plif.pth").endswith("learned, which wants student.neuron.kind=plif")
+    assert complaint(learned, path).startswith("lacks sn1.w, layer1.0.sn1.w")
+
+
+def test_a_file_without_configuration_is_said_so(student, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(student[1].state_dict(), tmp_path / "bare.safetensors")
+    assert read_metadata(tmp_path / "bare.safetensors") is None
+    with pytest.raises(ValueError, match=r"bare\.safetensors: holds no student's configuration"):
+        load_student(tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match=r"nowhere: no such file"):
+        load_student(tmp_path / "nowhere")
+
+
+RELEASED = {
+    "spiking_resnet18": {"conv1.": "conv0.0.", "bn1.": "conv0.1.", "fc.": "classifier.0."},
+    "spiking_resnet19": {"conv1.": "conv0.0.", "bn1.": "conv0.1.", "fc1.": "classifier.0.", "fc.": "classifier.2."},
+    "preact_resnet34": {},
+    "cifar_resnet34": {},
+    "cifar_resnet19": {"fc1.": "fc.0.", "fc.": "fc.2."},
+}
+"""The names of the released code's files, from ours."""
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_import_of_the_released_codes_checkpoints(name, tmp_path):
+    spiking = not name.startswith("cifar")
+    config = StudentConfig(name, num_classes=5, width=8 if spiking else None, neuron=NeuronConfig(decay=0.2))
+    net = trained(config)
+    tensors = {}
+    for own, tensor in net.state_dict().items():
+        first = next((prefix for prefix in RELEASED[name] if own.startswith(prefix)), "")
+        theirs = RELEASED[name].get(first, "") + own.removeprefix(first)
+        tensors[theirs.replace(".downsample.", ".shortcut.") if name.startswith("spiking") else theirs] = tensor
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    state = {"best_acc": 71.04, "best_epoch": 99, "best_net": tensors, "optimizer": optimizer.state_dict()}
+    torch.save(state, tmp_path / "model_weights.pth")
+    arguments = [f"model={name}", "num_classes=5", "num_timesteps=4", "neuron.decay=0.2"]
+    done = tool(
+        tmp_path / "model_weights.pth",
+        tmp_path / "student.safetensors",
+        "--format=official",
+        *(["width=8"] if spiking else []),
+        *arguments,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"took all {len(tensors)} tensors" in done.stdout
+    again = load_student(tmp_path / "student.safetensors").double()
+    assert torch.equal(again(images().double()), net.double()(images().double()))
+
+
+@pytest.mark.parametrize("decay_input", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_import_of_spikingjellys_checkpoints(wrapped, decay_input, tmp_path):
+    """Logits of the imported file against spikingjelly's own, in float64, with tau = 2: halving is exact."""
+    pytest.importorskip("spikingjelly")
+    from spikingjelly.activation_based import functional, neuron, surrogate
+    from spikingjelly.activation_based.model import sew_resnet
+
+    torch.manual_seed(0)
+    peer = sew_resnet.sew_resnet18(
+        num_classes=5, cnf="ADD", spiking_neuron=neuron.LIFNode, decay_input=decay_input,
+        surrogate_function=surrogate.ATan(),
+    )  # fmt: skip
+    for module in peer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 1.0, 2.0)
+            nn.init.normal_(module.bias, 0.5, 0.2)
+            module.running_var.fill_(0.3)
+    tensors = {f"module.{n}": t for n, t in peer.state_dict().items()} if wrapped else peer.state_dict()
+    torch.save({"model": tensors, "epoch": 3} if wrapped else tensors, tmp_path / "sew.pth")
+    done = tool(
+        tmp_path / "sew.pth", tmp_path / "student.safetensors", "--format", "spikingjelly", "model=sew_resnet18",
+        "num_classes=5", "num_timesteps=3", "neuron.v_reset=0", "neuron.surrogate=atan",
+        f"decay_input={str(decay_input).lower()}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    functional.set_step_mode(peer, "m")
+    x = images().double()
+    want = peer.double().eval()(x.expand(3, *x.shape))
+    assert want.std() > 1e-3
+    torch.testing.assert_close(load_student(tmp_path / "student.safetensors").double()(x), want, rtol=1e-9, atol=1e-9)
+    assert load_student(tmp_path / "student.safetensors").neuron.slope == 2
+
+
+def test_import_refuses_what_does_not_fit(tmp_path):
+    net = create_student(StudentConfig("sew_resnet8", neuron=NeuronConfig("plif"), num_classes=5))
+    source = tmp_path / "plif.pth"
+    torch.save(net.state_dict(), source)
+    cases = {
+        ("num_classes=5",): "which wants student.neuron.kind=plif",
+        ("num_classes=6", "neuron.kind=plif"): "has 5 classes, 6 wanted",
+        ("num_classes=5", "neuron.knd=plif"): "neuron.knd: no such key; did you mean neuron.kind?",
+        ("num_classes=five",): "num_classes: ",
+        ("num_classes=5", "neuron.kind=plif", "decay_input=maybe"): "decay_input=maybe: must be true or false",
+        ("num_classes=5", "neuron.kind=if", "decay_input=true"): "decay_input=true: for SEW-ResNets with a leak",
+    }
+    for arguments, message in cases.items():
+        done = tool(source, tmp_path / "out", "--format=spikingjelly", "model=sew_resnet8", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_relu_network_starts_a_sew_student(tmp_path):
+    torch.manual_seed(0)
+    relu = timm.create_model("resnet18", num_classes=5)
+    torch.save(relu.state_dict(), tmp_path / "resnet18.pth")
+    destination = tmp_path / "student.safetensors"
+    done = tool(tmp_path / "resnet18.pth", destination, "--format=timm", "model=sew_resnet18", "num_classes=7")
+    assert done.returncode == 0, done.stderr
+    assert "took 120 of 122 tensors; left as initialised: fc.weight, fc.bias" in done.stdout
+    own, theirs = load_student(destination).state_dict(), relu.state_dict()
+    assert all(torch.equal(own[name], theirs[name]) for name in theirs if not name.startswith("fc"))
+    done = tool(tmp_path / "resnet18.pth", tmp_path / "none", "--format=timm", "model=spiking_resnet18", "width=8")
+    assert done.returncode == 2
+    assert "has conv1.weight [64, 3, 7, 7] instead of [8, 3, 3, 3]" in done.stderr
+    assert not (tmp_path / "none").exists()
+    done = tool("resnet19", tmp_path / "none", "--format=timm", "model=sew_resnet18")
+    assert "source=resnet19: neither a file nor a timm model" in done.stderr
+
+
+def test_students_and_weights_need_no_training_dependency():
+    """What `pip install tdkd-dist` brings is enough to load a student."""
+    code = """
+import sys
+for name in ("deepspeed", "ffcv", "wandb", "submitit", "omegaconf", "spikingjelly"):
+    sys.modules[name] = None
+import tdkd_dist, tdkd_dist.students, tdkd_dist.losses, tdkd_dist.weights
+import timm
+timm.create_model("sew_resnet8")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
