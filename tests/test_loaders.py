@@ -589,6 +589,7 @@ def test_staging_tells_what_is_wrong(folder: Path, tmp_path: Path, monkeypatch: 
     assert {path.suffix for path in tmp_path.iterdir()} == {".lock"}
 
 
+@pytest.mark.slow
 def test_a_machine_without_ffcv_can_use_imagefolder(folder: Path) -> None:
     code = f"""
 import sys

@@ -3,7 +3,8 @@
 PHOTOS: any folder of large photographs (Debian: the pictures of mate-backgrounds and plasma-workspace-wallpapers).
 They are cut into JPEGs of ImageNet's size in WORK, written as a beton, and read by our loader, by bare FFCV with the
 same pipeline, by torchvision's ImageFolder under a DataLoader, and by a JPEG decoder that does nothing else; each in a
-process of its own, in turn, several rounds. Printed: the median, the spread, memory, and what limits.
+process of its own, in turn, several rounds. Printed: the median, the spread, core time (which holds on a busy machine
+too), memory, and what limits.
 """
 
 import argparse
@@ -90,15 +91,18 @@ def compare(args: argparse.Namespace) -> None:
                 sys.exit(f"{case} failed:\n{done.stderr}")
             results[case].append(json.loads(done.stdout.splitlines()[-1]))
     ours = statistics.median(r["rate"] for r in results["ours"])
+    ours_cpu = statistics.median(r["cpu"] for r in results["ours"])
     print(f"load average {os.getloadavg()[0]:.1f}; {args.workers} workers, {args.size} px, batch {args.batch}")
-    print(f"{'case':<16} {'images/s':>9} {'spread':>15} {'ours / it':>10} {'first batch s':>14} {'memory MB':>10}")
+    heads = ("images/s", "spread", "ours / it", "core ms", "it / ours", "first batch s", "memory MB")
+    print(f"{'case':<16}" + "".join(f"{head:>15}" for head in heads))
     for case, rows in results.items():
         rates = [r["rate"] for r in rows]
-        spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
-        first, memory = (statistics.median(r[key] for r in rows) for key in ("first", "memory"))
-        rate = statistics.median(rates)
-        print(f"{case:<16} {rate:>9,.0f} {spread:>15} {ours / rate:>10.2f} {first:>14.1f} {memory:>10,.0f}")
-    cores = STUDENT_RATE * args.workers / ours
+        cpu, first, memory = (statistics.median(r[key] for r in rows) for key in ("cpu", "first", "memory"))
+        rate, spread = statistics.median(rates), f"{min(rates):,.0f} to {max(rates):,.0f}"
+        cells = (f"{rate:,.0f}", spread, f"{ours / rate:.2f}", f"{cpu:.2f}", f"{cpu / ours_cpu:.2f}")
+        print(f"{case:<16}" + "".join(f"{cell:>15}" for cell in (*cells, f"{first:.1f}", f"{memory:,.0f}")))
+    # Not from images/s: on a busy machine that counts other people's work.
+    cores = STUDENT_RATE * ours_cpu / 1e3
     print(f"a GPU that trains {STUDENT_RATE} images/s needs {cores:.1f} cores like these for its loader")
 
 
@@ -110,12 +114,22 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     for images in epoch():
         first = first or time.perf_counter() - start
         count += images
-    start, count = time.perf_counter(), 0
+    start, cpu, count = time.perf_counter(), cpu_seconds(), 0
     for _ in range(2):
         count += sum(epoch())
     rate = count / (time.perf_counter() - start)
+    cpu = 1e3 * (cpu_seconds() - cpu) / count
     memory = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"rate": rate, "first": first, "memory": memory / 1e3}
+    return {"rate": rate, "cpu": cpu, "first": first, "memory": memory / 1e3}
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children."""
+    import psutil
+
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return float(sum(t.user + t.system for t in times))
 
 
 def open_ours(args: argparse.Namespace, format: str = "ffcv") -> Callable[[], Iterator[int]]:
