@@ -20,5 +20,5 @@ if [ "$(id -u)" != 0 ]; then
     fi
 fi
 echo "installing with apt:$missing"
-$as_root apt-get update -qq
-DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends $missing
+$as_root apt-get update -qq >/dev/null
+DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends $missing >/dev/null
