@@ -62,6 +62,10 @@ class DataConfig:
     """Side of the black square put around a random pixel of each training crop; 0: none."""
     erasing: float = 0.0
     """Probability of filling a random box of the training crop with the mean (random erasing)."""
+    mixup: float = 0.0
+    """Parameter of the beta distribution by which whole micro-batches are mixed, with their labels; 0: off."""
+    cutmix: float = 0.0
+    """The same for boxes cut from one picture into another; with mixup on too, each batch takes one at random."""
     start_size: int | None = None
     """Side of the training crops in epoch 0; it grows by multiples of 32 to `image_size` at `full_size_epoch`."""
     full_size_epoch: int = 0
@@ -75,6 +79,8 @@ class DataConfig:
         require(self.workers is None or self.workers >= 1, f"data.workers={self.workers}: must be at least 1")
         require(self.cutout >= 0, f"data.cutout={self.cutout}: must not be negative (0: none)")
         require(0 <= self.erasing <= 1, f"data.erasing={self.erasing}: must be in [0, 1]")
+        require(self.mixup >= 0, f"data.mixup={self.mixup}: must not be negative (0: off)")
+        require(self.cutmix >= 0, f"data.cutmix={self.cutmix}: must not be negative (0: off)")
         require(not (self.cutout and self.erasing), "data.cutout and data.erasing: choose one")
         require(
             self.start_size is None or 1 <= self.start_size <= self.image_size,
@@ -319,6 +325,10 @@ class Config:
                 f"train.micro_batch={micro} does not divide a rank's share of {batch // world} images"
                 f" (train.batch_size={batch} over {world} ranks)",
             )
+        require(
+            self.micro_batch % 2 == 0 or not (self.data.mixup or self.data.cutmix),
+            f"data.mixup and data.cutmix pair pictures: the micro-batch of {self.micro_batch} must be even",
+        )
         require(
             self.train.epochs == 0 or self.loss.alpha == 0 or self.teacher.name is not None,
             f"loss.alpha={self.loss.alpha} needs a teacher: set teacher.name, or loss.alpha=0",

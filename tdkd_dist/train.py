@@ -15,6 +15,7 @@ from tdkd_dist import checkpoint
 from tdkd_dist.checkpoint import Progress
 from tdkd_dist.config import Config
 from tdkd_dist.data.loaders import TrainLoader, ValLoader, make_train_loader, make_val_loader
+from tdkd_dist.data.mixing import Mixer
 from tdkd_dist.data.normalise import Normalise
 from tdkd_dist.engine import Engine, use_bf16
 from tdkd_dist.figures import draw_accuracy_against_timestep
@@ -145,6 +146,7 @@ class Trainer:
     teacher: Teacher | None
     loss: TemporalDistillationLoss
     loader: TrainLoader
+    mixer: Mixer
     record: Record
     progress: Progress
     should_stop: Callable[[], bool]
@@ -183,8 +185,24 @@ class Trainer:
         last_step = progress.global_step if restored else -1
         record = Record(parts.folder, config, log, wandb_id=progress.wandb_id, global_step=last_step)
         progress.wandb_id = record.wandb_id
+        mixer = Mixer(
+            mixup=config.data.mixup,
+            cutmix=config.data.cutmix,
+            num_classes=config.student.num_classes,
+            seed=config.run.seed,
+            rank=place.rank,
+        )
         return cls(
-            parts, engine, teacher, make_loss(config), loader, record, progress, should_stop, restored is not None
+            parts=parts,
+            engine=engine,
+            teacher=teacher,
+            loss=make_loss(config),
+            loader=loader,
+            mixer=mixer,
+            record=record,
+            progress=progress,
+            should_stop=should_stop,
+            resumed=restored is not None,
         )
 
     def train(self) -> bool:
@@ -222,12 +240,14 @@ class Trainer:
         batches = self.loader.epoch(progress.epoch, progress.step_in_epoch)
         stop = False
         while progress.step_in_epoch < self.loader.steps_per_epoch and not self._complete and not stop:
-            for _ in range(config.accumulation):
+            for micro_batch in range(config.accumulation):
                 images_BCHW, labels_B = meter.wait_for(batches)
-                x_BCHW = self.parts.normalise(images_BCHW)
+                x_BCHW, labels = self.mixer(
+                    self.parts.normalise(images_BCHW), labels_B, progress.global_step, micro_batch
+                )
                 with self.parts.autocast:
                     teacher_logits_BK = self.teacher(x_BCHW) if self.teacher is not None else None
-                terms = self.loss(as_timesteps(engine.forward(x_BCHW)), teacher_logits_BK, labels_B)
+                terms = self.loss(as_timesteps(engine.forward(x_BCHW)), teacher_logits_BK, labels)
                 engine.backward(terms.total)
                 meter.add(terms)
             progress.step_in_epoch += 1
