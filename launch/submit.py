@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
 def list_recipes() -> int:
     """Every recipe in a line."""
-    from tdkd_dist.config import list_recipes
+    from tdkd_dist.recipe import list_recipes
 
     recipes = list_recipes()
     for name, reaches in recipes.items():
@@ -53,7 +53,7 @@ def submit(arguments: list[str]) -> int:
         print(f"{USAGE}\nrecipes: python launch/submit.py --list", file=sys.stderr)
         return 2
     from tdkd_dist import preflight, submission
-    from tdkd_dist.config import load_config, to_yaml
+    from tdkd_dist.recipe import load_config, to_yaml
     from tdkd_dist.run_folder import RunFolder
 
     config = load_config(recipes[0], [a for a in arguments if not a.startswith(("recipe=", "-"))])

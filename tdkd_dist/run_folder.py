@@ -20,7 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist.config import Config, flatten, read_config, save_config
+from tdkd_dist.config import Config, flatten
+from tdkd_dist.recipe import read_config, save_config
 
 MAY_DIFFER = ("train.epochs", "train.max_steps", "launcher.", "run.")
 """Keys that may change when a run is resumed: its length and where it runs (`run.` is checked on its own)."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tdkd_dist.config import load_config
+from tdkd_dist.recipe import load_config
 from tdkd_dist.run_folder import RunFolder, write_json
 from tdkd_dist.tracking import Log, Record, format_seconds, format_table, read_rows
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from tdkd_dist import distributed
-from tdkd_dist.config import load_config
 from tdkd_dist.losses import TemporalDistillationLoss
+from tdkd_dist.recipe import load_config
 from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.students import create_student
 from tdkd_dist.tracking import read_rows

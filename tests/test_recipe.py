@@ -2,7 +2,8 @@
 
 import pytest
 
-from tdkd_dist.config import RECIPES, Config, flatten, list_recipes, load_config, read_config, save_config
+from tdkd_dist.config import Config, flatten
+from tdkd_dist.recipe import RECIPES, list_recipes, load_config, read_config, save_config
 
 
 @pytest.fixture

@@ -1,0 +1,141 @@
+"""Recipes: how a short YAML file and overrides become a checked `Config`, and back.
+
+A recipe lies in `recipes/`; `base:` names the recipe it extends. Whatever is wrong with one is a `ValueError` whose
+message names the key or file.
+"""
+
+import difflib
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tdkd_dist.config import Config, flatten, require
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def list_recipes() -> dict[str, str]:
+    """Every recipe's name with the figure its header says it reaches (the line that starts with `# Reaches`)."""
+    reaches = {}
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        lines = [line[2:].strip() for line in path.read_text().splitlines() if line.startswith("# Reaches")]
+        reaches[str(path.relative_to(RECIPES).with_suffix(""))] = lines[0] if lines else ""
+    return reaches
+
+
+def load_config(recipe: str, overrides: list[str]) -> Config:
+    """The checked configuration of `recipe` (a name in `recipes/`, or a YAML file) with `key=value` overrides.
+
+    Raises `ValueError`, naming the key or file, for an unknown recipe or key, a wrong type or a bad value.
+    """
+    from omegaconf import OmegaConf
+
+    path = find_recipe(recipe)
+    merged = OmegaConf.structured(Config)
+    for layer in [*_read_layers(path), _parse_overrides(overrides)]:
+        merged = _merge(merged, layer)
+    config = _to_config(merged)
+    config.run.name = config.run.name or path.stem
+    return config
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that `save_config` wrote."""
+    from omegaconf import OmegaConf
+
+    return _to_config(_merge(OmegaConf.structured(Config), _read_yaml(path)))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the whole resolved configuration as YAML."""
+    path.write_text(to_yaml(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved configuration, as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def find_recipe(recipe: str) -> Path:
+    """The YAML file of a recipe given by name or path; `ValueError` with the nearest names if there is none."""
+    if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
+        for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
+            if path.is_file():
+                return path
+        raise ValueError(f"recipe={recipe}: no such file")
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        names = list(list_recipes())
+        near = difflib.get_close_matches(recipe, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise ValueError(f"recipe={recipe}: no such recipe; {hint}")
+    return path
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    require(OmegaConf.is_dict(content), f"{path}: a recipe is a mapping of sections")
+    return content
+
+
+def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Any]:
+    require(path not in seen, f"{path}: `base:` leads back to the recipe itself")
+    content = _read_yaml(path)
+    base = content.pop("base", None)
+    if base is None:
+        return [content]
+    local = path.parent / f"{base}.yaml"
+    return [*_read_layers(local if local.is_file() else find_recipe(str(base)), (*seen, path)), content]
+
+
+def _parse_overrides(overrides: list[str]) -> Any:
+    from omegaconf import OmegaConf
+
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        require(bool(key and equals), f"{text}: an override is key=value, such as train.epochs=3")
+    return OmegaConf.from_dotlist(overrides)
+
+
+def _merge(schema: Any, layer: Any) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+    try:
+        return OmegaConf.merge(schema, layer)
+    except ConfigKeyError as error:
+        raise ValueError(_unknown_key(error.full_key or str(error.key))) from error
+    except OmegaConfBaseException as error:
+        key = error.full_key or "the configuration"
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _to_config(merged: Any) -> Config:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    config.check()
+    return config
+
+
+def _unknown_key(key: str) -> str:
+    known = [*flatten(Config()), *(f.name for f in fields(Config))]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        tails = {k.rsplit(".", 1)[-1]: k for k in known}
+        near = [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(tails), n=1)]
+    return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else "")
