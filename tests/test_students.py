@@ -461,6 +461,7 @@ def test_one_graph_forward_and_backward(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_one_compilation_for_each_t_and_shape():
     from torch._dynamo.testing import CompileCounter
 

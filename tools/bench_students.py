@@ -121,9 +121,8 @@ def main() -> None:
     if options.only:
         print(json.dumps(measure(options)))
         return
-    print(
-        f"T={options.timesteps}, {options.batch} images of {options.size} px, {options.device}, torch {torch.__version__}"
-    )
+    images = f"{options.batch} images of {options.size} px"
+    print(f"T={options.timesteps}, {images}, {options.device}, torch {torch.__version__}")
     print("\n| student | step, s | spikingjelly, s | peak, MiB | spikingjelly, MiB |\n|---|---|---|---|---|")
     for name in options.names or spiking_names():
         ours = _run(name)
