@@ -39,7 +39,7 @@ def list_recipes() -> int:
 
     recipes = list_recipes()
     for name, reaches in recipes.items():
-        print(f"{name:<{max(map(len, recipes))}}  {reaches}")
+        print(f"{name:<{max(map(len, recipes))}}  {reaches.removeprefix('Reaches: ')}")
     return 0
 
 
