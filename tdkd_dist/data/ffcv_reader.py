@@ -228,6 +228,9 @@ def _iterator_class() -> Any:
                 self._error = error
 
         def run_pipeline(self, b_ix: int, batch_indices: Ints, batch_slot: int, cuda_event: Any) -> Any:
+            if self.terminate_event.is_set():
+                # FFCV looks at the event only when its queue stays full, and would read the epoch to its end.
+                raise StopIteration
             plans_BP = self.memory_allocations["operation"][self._plan_node][1][batch_slot][: len(batch_indices)]
             plans_BP[:, :DECODED] = self._plan(batch_indices)
             result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
