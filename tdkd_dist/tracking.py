@@ -1,6 +1,7 @@
 """What a run says and records: the log, the JSONL record and W&B. Only rank 0 speaks."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -32,6 +33,22 @@ class Log:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(text.rstrip("\n") + "\n")
+
+    def take_over_logging(self) -> None:
+        """Make the package's own `logging` messages, from INFO on, lines of this log."""
+        logger = logging.getLogger("tdkd_dist")
+        logger.handlers = [_SayHandler(self)]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class _SayHandler(logging.Handler):
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.say(record.getMessage())
 
 
 class TrainMeter:

@@ -105,6 +105,8 @@ def run(config: Config, folder: RunFolder, place: Place, should_stop: Callable[[
     `should_stop` is asked at every step boundary and must answer the same on all ranks. Returns False if it ended the
     run early, with a checkpoint to go on from. Raises `ValueError` for a user's mistake that only the job can find.
     """
+    log = Log(folder.log_file)
+    log.take_over_logging()
     validation = make_val_loader(
         config.data,
         batch_size=config.eval.batch_size or config.micro_batch,
@@ -114,7 +116,7 @@ def run(config: Config, folder: RunFolder, place: Place, should_stop: Callable[[
         workers=place.workers,
     )
     normalise = Normalise(config.data.mean, config.data.std).to(place.device)
-    parts = Run(config, folder, place, Log(folder.log_file), normalise, validation)
+    parts = Run(config, folder, place, log, normalise, validation)
     torch.manual_seed(config.run.seed)
     student = create_student(config.student)
     if config.student.checkpoint is not None:

@@ -1,6 +1,7 @@
 """What a run leaves on disk: its folder, its record, its summary."""
 
 import json
+import logging
 
 import pytest
 
@@ -73,6 +74,19 @@ def test_wandb_offline_is_kept_and_its_upload_is_told(tmp_path, config, monkeypa
     (synced,) = [line.split()[-1] for line in folder.log_file.read_text().splitlines() if "wandb sync" in line]
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert synced == str(next(tmp_path.glob("wandb/offline-run-*")))
+
+
+def test_the_packages_own_messages_reach_the_log(tmp_path):
+    logger = logging.getLogger("tdkd_dist")
+    before = logger.handlers, logger.level, logger.propagate
+    try:
+        Log(tmp_path / "log.txt").take_over_logging()
+        logging.getLogger("tdkd_dist.data.staging").info("copied %d files", 2)
+        logging.getLogger("somebody.else").warning("not ours")
+    finally:
+        logger.handlers, level, logger.propagate = before
+        logger.setLevel(level)
+    assert (tmp_path / "log.txt").read_text() == "copied 2 files\n"
 
 
 def test_words_for_durations():
