@@ -7,6 +7,7 @@ and a subclass of its iterator takes any order, hands errors over, and stops whe
 Shapes: B pictures, H x W pixels, P columns of a plan.
 """
 
+import logging
 import queue
 import time
 from collections.abc import Callable, Generator
@@ -36,6 +37,7 @@ from tdkd_dist.data.crops import (
     Ints,
 )
 
+logger = logging.getLogger(__name__)
 STALL_SECONDS = 600.0
 """Longest wait for a batch from a thread that still lives."""
 DECODED = PLAN_COLUMNS
@@ -53,6 +55,7 @@ class FfcvReader:
         self.path, self.rule = path, rule
         on_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
         self._decoder = _decoder_class()(rule)
+        workers = _as_compiled_before(workers)
         with _keep_torch_threads():
             self._loader = Loader(
                 str(path),
@@ -104,6 +107,20 @@ class FfcvReader:
             return self.rule.plan(epoch, indices_B, chosen["height"].astype(np.int64), chosen["width"].astype(np.int64))
 
         return plan
+
+
+_workers_compiled_for: int | None = None
+
+
+def _as_compiled_before(workers: int) -> int:
+    """The number of threads to use: numba fails, or never ends, when a process compiles for one thread and for many."""
+    global _workers_compiled_for
+    if _workers_compiled_for is None:
+        _workers_compiled_for = workers
+    if (workers > 1) == (_workers_compiled_for > 1):
+        return workers
+    logger.warning("data.workers=%d: this process loads with %d, so does this loader", workers, _workers_compiled_for)
+    return _workers_compiled_for
 
 
 class _keep_torch_threads:  # noqa: N801 -- used like a function
