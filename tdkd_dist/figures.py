@@ -27,7 +27,11 @@ def draw_accuracy_against_timestep(folder: Path, curves: dict[str, list[float]])
     axes.set_xlabel("timesteps at inference")
     axes.set_ylabel("top-1 accuracy, %")
     axes.set_xticks(range(1, max(map(len, curves.values())) + 1))
-    axes.margins(x=0.08, y=0.2)
+    axes.margins(x=0.08)
+    values = [value for top1 in curves.values() for value in top1]
+    # At least ten points high, so that a nearly flat curve looks nearly flat.
+    margin = max(5 - (max(values) - min(values)) / 2, 2)
+    axes.set_ylim(max(min(values) - margin, 0), max(values) + margin)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
