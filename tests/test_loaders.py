@@ -460,10 +460,9 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     loader.close()
 
 
+@pytest.mark.parametrize("readers", ["ffcv"], indirect=True)
 def test_an_error_in_the_loader_thread_ends_the_iteration(readers: dict[int, Reader], monkeypatch: object) -> None:
     reader = readers[203]
-    if not hasattr(reader, "_loader") or not hasattr(reader, "_plan_for"):
-        pytest.skip("FFCV's thread")
 
     def fail(indices: object) -> None:
         raise MemoryError("no memory for the plan")
