@@ -42,9 +42,10 @@ class DataConfig:
     """Where the images are and how they are cropped."""
 
     train: str | None = None
-    """A beton (`format=ffcv`) or the folder of an ImageFolder tree."""
+    """A beton (`format=ffcv`); or an ImageFolder tree, or any source that `tools/write_beton.py` reads."""
     val: str | None = None
     format: Literal["ffcv", "imagefolder"] = "ffcv"
+    """`imagefolder` reads pictures one by one through torch's DataLoader, without ffcv."""
     image_size: int = 224
     """Side of the crop that student and teacher see, in pixels."""
     stage_to: str | None = None
@@ -54,6 +55,10 @@ class DataConfig:
     crop: Literal["random_resized", "shift", "none"] = "random_resized"
     """In training: `random_resized` (area 0.08 to 1), `shift` (zero-padded by image_size / 8, as on CIFAR), `none`."""
     flip: bool = True
+    auto_augment: Literal["cifar10", "imagenet", "svhn"] | None = None
+    """torchvision's AutoAugment policy, after crop and flip, filling with grey; needs `format=imagefolder`."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation times 1 +- this, in random order, after cutout or erasing; 0: off."""
     cutout: int = 0
     """Side of the black square put around a random pixel of each training crop; 0: none."""
     erasing: float = 0.0
@@ -77,6 +82,11 @@ class DataConfig:
         require(0 <= self.erasing <= 1, f"data.erasing={self.erasing}: must be in [0, 1]")
         require(self.mixup >= 0, f"data.mixup={self.mixup}: must not be negative (0: off)")
         require(self.cutmix >= 0, f"data.cutmix={self.cutmix}: must not be negative (0: off)")
+        require(0 <= self.color_jitter <= 1, f"data.color_jitter={self.color_jitter}: must be in [0, 1] (0: off)")
+        require(
+            self.auto_augment is None or self.format == "imagefolder",
+            f"data.auto_augment={self.auto_augment}: FFCV has none; set data.format=imagefolder",
+        )
         require(not (self.cutout and self.erasing), "data.cutout and data.erasing: choose one")
         require(
             self.start_size is None or 1 <= self.start_size <= self.image_size,
@@ -131,7 +141,7 @@ class StudentConfig:
 
 @dataclass
 class LossConfig:
-    """`REFERENCE`: cross-entropy + alpha * distillation + beta * self-distillation (Yu et al. 2025, eq. 11)."""
+    """Cross-entropy + alpha * distillation + beta * self-distillation (Yu et al., ICML 2025); see `losses`."""
 
     target: Literal["temporal", "ensemble", "prefix"] = "temporal"
     """Which logits each term sees: every timestep's own, the final ensemble only, or the ensemble after each step."""
@@ -142,12 +152,18 @@ class LossConfig:
     temperature: float = 1.0
     self_target: Literal["ensemble", "correct_only"] = "ensemble"
     label_smoothing: float = 0.0
+    consistency: float = 0.0
+    """Weight of each ensemble's cross-entropy to the next one, one timestep later (0.3 is usual); 0: off."""
+    tet: float = 0.0
+    """Lambda of temporal efficient training: (1 - lambda) cross-entropy + lambda MSE of the logits to 1; 0: off."""
 
     def __post_init__(self) -> None:
         require(self.alpha >= 0, f"loss.alpha={self.alpha}: must not be negative")
         require(self.beta >= 0, f"loss.beta={self.beta}: must not be negative")
         require(self.temperature > 0, f"loss.temperature={self.temperature}: must be positive")
         require(0 <= self.label_smoothing < 1, f"loss.label_smoothing={self.label_smoothing}: must be in [0, 1)")
+        require(self.consistency >= 0, f"loss.consistency={self.consistency}: must not be negative")
+        require(0 <= self.tet < 1, f"loss.tet={self.tet}: must be in [0, 1)")
 
 
 @dataclass
@@ -160,7 +176,9 @@ class OptimConfig:
     """For the recipe's global batch; scale it in proportion when `train.batch_size` changes."""
     momentum: float = 0.9
     weight_decay: float = 2e-5
-    """On convolution and linear weights only."""
+    """On convolution and linear weights only, unless `decay_all`."""
+    decay_all: bool = False
+    """Weight decay on norms and biases too."""
     clip_grad: float = 0.0
     """Largest norm of the whole gradient; 0: no clipping."""
     schedule_on: Literal["epoch", "step"] = "epoch"
@@ -192,6 +210,8 @@ class TrainConfig:
     """`auto`: torch.compile on a GPU when the run is long enough to pay for it."""
     sync_bn: bool = True
     """Batch statistics over all ranks (GPU only)."""
+    random_timesteps: bool = False
+    """Run a number of timesteps drawn from 1 to T in each optimiser step, the same on all ranks."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights; 0: off."""
     zero_stage: Literal[0, 1, 2] = 0
@@ -227,11 +247,14 @@ class EvalConfig:
     """Epochs between validations; the last epoch is always validated."""
     batch_size: int | None = None
     """Images a forward pass on one rank; None: as in training."""
+    activity_images: int = 512
+    """Firing rates and operations are counted on the first images of the set, about so many in all; 0: not at all."""
 
     def __post_init__(self) -> None:
         for key in ("num_timesteps", "batch_size"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"eval.{key}={value}: must be at least 1")
+        require(self.activity_images >= 0, f"eval.activity_images={self.activity_images}: must not be negative")
         require(self.every >= 1, f"eval.every={self.every}: must be at least 1")
 
 

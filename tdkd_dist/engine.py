@@ -26,8 +26,9 @@ class Engine:
     Args:
         student: on its device, not yet wrapped; float32.
         config: the run's; it must have passed `Config.check`.
+        device: of this rank; CUDA brings bf16 and SyncBatchNorm if the configuration asks for them.
         steps_per_epoch: optimiser steps, for the schedule.
-        total_epochs: the length of the cosine.
+        compiled: whether to compile the student.
     """
 
     def __init__(
@@ -49,7 +50,12 @@ class Engine:
         self.steps_per_epoch = steps_per_epoch
         optim = config.optim
         self._optimizer = timm.optim.create_optimizer_v2(
-            student, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
+            student,
+            opt=optim.name,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            filter_bias_and_bn=not optim.decay_all,
         )
         self._by_step = optim.schedule_on == "step"
         self._schedule, _ = create_scheduler_v2(

@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 
 class LossTerms(NamedTuple):
-    """Scalars: `total = ce + alpha * kl + beta * sd`, each term the mean over timesteps and batch."""
+    """The weighted sum and its terms, each a mean over timesteps and batch before its weight."""
 
     total: Tensor
     ce: Tensor
     kl: Tensor
     sd: Tensor
+    consistency: Tensor
+    mse: Tensor
 
 
 class TemporalDistillationLoss(nn.Module):
-    """The paper's objective TWCE + alpha TWKL + beta TWSD (its eq. 11), and the baseline on the ensemble.
+    """The paper's objective TWCE + alpha TWKL + beta TWSD (Yu et al., ICML 2025), and the baseline on the ensemble.
 
     With student logits z_t, teacher logits q, labels y and temperature tau:
 
@@ -36,6 +38,13 @@ class TemporalDistillationLoss(nn.Module):
     `target` says which logits stand for z_t in the terms: "temporal", each timestep's own; "ensemble", the mean over
     all timesteps alone (standard logit distillation); "prefix", the mean over the first t timesteps, which is what is
     deployed at t. The self-target is always made of the timesteps' own logits.
+
+    Two more, off by default, are always of the timesteps' own logits and their ensembles m_t = mean(z_1..z_t):
+
+    - consistency = 1/(T-1) sum_{t<T} CE(softmax(sg(m_{t+1})), m_t), added with the weight `consistency` (0.3 is usual):
+      each ensemble follows its successor, as adjacent timesteps do in Ding et al., ICLR 2025
+    - mse = 1/(T K) sum_t |z_t - 1|^2; `tet` is the lambda of (1 - lambda) ce + lambda mse (Deng et al., ICLR 2022,
+      temporal efficient training)
     """
 
     def __init__(
@@ -47,6 +56,8 @@ class TemporalDistillationLoss(nn.Module):
         *,
         target: Literal["temporal", "ensemble", "prefix"] = "temporal",
         label_smoothing: float = 0.0,
+        consistency: float = 0.0,
+        tet: float = 0.0,
     ) -> None:
         super().__init__()
         if self_target not in ("ensemble", "correct_only"):
@@ -61,6 +72,8 @@ class TemporalDistillationLoss(nn.Module):
         self.self_target = self_target
         self.target = target
         self.label_smoothing = label_smoothing
+        self.consistency = consistency
+        self.tet = tet
 
     def forward(self, student_logits_TBK: Tensor, teacher_logits_BK: Tensor | None, labels: Tensor) -> LossTerms:
         """The terms for logits `[T, B, K]` and `[B, K]`, and labels `[B]` (classes) or `[B, K]` (probabilities).
@@ -72,19 +85,24 @@ class TemporalDistillationLoss(nn.Module):
             raise ValueError(f"loss.alpha={self.alpha} needs the teacher's logits")
         z_TBK = _at_least_fp32(student_logits_TBK)
         seen_SBK = self._seen(z_TBK)
-        S = seen_SBK.shape[0]
-        ce = F.cross_entropy(
-            seen_SBK.flatten(0, 1),
-            labels.repeat(S, *[1] * (labels.ndim - 1)),
-            label_smoothing=self.label_smoothing,
-        )
-        kl = sd = z_TBK.new_zeros(())
-        log_probs_SBK = F.log_softmax(seen_SBK / self.temperature, dim=-1)
+        log_probs_SBK = F.log_softmax(seen_SBK, dim=-1)
+        ce = self._cross_entropy(log_probs_SBK, labels)
+        kl = sd = consistency = mse = z_TBK.new_zeros(())
+        if (self.alpha or self.beta) and self.temperature != 1:
+            log_probs_SBK = F.log_softmax(seen_SBK / self.temperature, dim=-1)
         if self.alpha and teacher_logits_BK is not None:
             kl = self._divergence(_at_least_fp32(teacher_logits_BK).to(z_TBK.dtype), log_probs_SBK)
         if self.beta:
             sd = self._divergence(self._self_target(z_TBK.detach(), labels), log_probs_SBK)
-        return LossTerms(ce + self.alpha * kl + self.beta * sd, ce, kl, sd)
+        total = (1 - self.tet) * ce + self.alpha * kl + self.beta * sd
+        if self.consistency and len(z_TBK) > 1:
+            mean_TBK = ensembles(z_TBK)
+            consistency = F.cross_entropy(mean_TBK[:-1].flatten(0, 1), mean_TBK[1:].detach().softmax(-1).flatten(0, 1))
+            total = total + self.consistency * consistency
+        if self.tet:
+            mse = (z_TBK - 1).square().mean()
+            total = total + self.tet * mse
+        return LossTerms(total, ce, kl, sd, consistency, mse)
 
     def _seen(self, z_TBK: Tensor) -> Tensor:
         if self.target == "temporal":
@@ -92,6 +110,14 @@ class TemporalDistillationLoss(nn.Module):
         if self.target == "ensemble":
             return z_TBK.mean(0, keepdim=True)
         return ensembles(z_TBK)
+
+    def _cross_entropy(self, log_probs_SBK: Tensor, labels: Tensor) -> Tensor:
+        S, _, K = log_probs_SBK.shape
+        smoothing = self.label_smoothing
+        if labels.ndim == 1:
+            nll = F.nll_loss(log_probs_SBK.flatten(0, 1), labels.repeat(S))
+            return nll if smoothing == 0 else (1 - smoothing) * nll - smoothing * log_probs_SBK.mean()
+        return -(((1 - smoothing) * labels + smoothing / K) * log_probs_SBK).sum(-1).mean()
 
     def _self_target(self, z_TBK: Tensor, labels: Tensor) -> Tensor:
         if self.self_target == "ensemble":

@@ -9,7 +9,7 @@ import torch
 
 from tdkd_dist.config import Config, require
 from tdkd_dist.data.beton import check_beton
-from tdkd_dist.data.loaders import open_folder
+from tdkd_dist.data.loaders import count_classes, open_pictures
 from tdkd_dist.students import create_student, is_spiking
 from tdkd_dist.teachers import check_name, check_pretrained_classes, create_teacher, fetch_weights
 from tdkd_dist.weights import load_weights
@@ -93,8 +93,8 @@ def _check_data(config: Config, split: str, found: Findings, dry_run: bool) -> i
     if not _is_here(path, key, found, dry_run):
         return None
     if config.data.format == "imagefolder":
-        source = open_folder(path, key)
-        samples, classes = len(source.labels), len(source.class_names)
+        source = open_pictures(path, key)
+        samples, classes = len(source.labels), count_classes(source)
     else:
         info = check_beton(path, key)
         samples, classes = info.num_samples, info.num_classes or 0
@@ -110,6 +110,10 @@ def _check_student(config: Config, found: Findings, dry_run: bool) -> None:
     require(
         is_spiking(student) or (config.student.num_timesteps == 1 and config.eval_timesteps == 1),
         f"student.model={config.student.model} is no spiking network: set student.num_timesteps=1",
+    )
+    require(
+        is_spiking(student) or not config.train.random_timesteps,
+        f"train.random_timesteps: student.model={config.student.model} is no spiking network",
     )
     checkpoint = config.student.checkpoint
     if checkpoint is not None and _is_here(checkpoint, "student.checkpoint", found, dry_run):

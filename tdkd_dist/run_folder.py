@@ -4,6 +4,7 @@ config.yaml               the resolved configuration
 environment.json          git revision, versions and hardware of the latest start
 log.txt                   what rank 0 said
 metrics.jsonl             one object a row
+validation.json           the last validation in full: early-exit curves, every layer's firing rates
 checkpoints/              whole states, to resume from
 figures/                  accuracy against timestep
 student.safetensors       the last epoch's weights; student_best.safetensors the best's
@@ -68,6 +69,11 @@ class RunFolder:
     def summary_file(self) -> Path:
         """The outcome of a finished run."""
         return self.path / "summary.json"
+
+    @property
+    def validation_file(self) -> Path:
+        """The last validation in full: early-exit curves, and firing rates of every layer."""
+        return self.path / "validation.json"
 
     @property
     def student_file(self) -> Path:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from tdkd_dist import distributed
 from tdkd_dist.config import Config, flatten
 from tdkd_dist.losses import LossTerms
+from tdkd_dist.metrics import ensemble_losses
 from tdkd_dist.run_folder import RunFolder
 
 PROGRESS_PREFIX = "  step "
@@ -62,6 +64,7 @@ class TrainMeter:
         self._epochs, self._steps_per_epoch = config.train.epochs, steps_per_epoch
         self._last_line = self._first_time = time.monotonic()
         self._first_step: int | None = None
+        self._num_timesteps = config.student.num_timesteps
         self._sums: Tensor | None = None
         self._reset()
 
@@ -72,9 +75,13 @@ class TrainMeter:
         self._waited_s += time.monotonic() - started
         return batch
 
-    def add(self, terms: LossTerms) -> None:
-        """Add a micro-batch's loss terms; they stay on the device until a row is due."""
+    def add(self, terms: LossTerms, logits_TBK: Tensor, labels: Tensor) -> None:
+        """Add a micro-batch's loss terms, and the ensembles' losses; they stay on the device until a row is due."""
         values = torch.stack([term.detach() for term in terms]).double()
+        # Fewer timesteps than the student's when their number is drawn at random.
+        missing = self._num_timesteps - len(logits_TBK)
+        ensembles_3T = torch.nn.functional.pad(ensemble_losses(logits_TBK, labels), (0, missing))
+        values = torch.cat([values, ensembles_3T.flatten()])
         self._sums = values if self._sums is None else self._sums + values
         self._micro_batches += 1
 
@@ -100,23 +107,24 @@ class TrainMeter:
         """Write the row of the steps since the last; every rank must call it. `ValueError` if the loss diverged."""
         if self._sums is None:
             return
-        total, ce, kl, sd, waited = distributed.sum_over_ranks(
-            torch.cat([self._sums / self._micro_batches, self._sums.new_tensor([self._waited_s])])
-        ).tolist()
-        seconds, world = time.monotonic() - self._row_started, distributed.world_size()
-        if not math.isfinite(total):
-            raise ValueError(f"the loss is {total / world} at step {global_step}: try a lower optim.lr or warm-up")
+        seconds, world, n = time.monotonic() - self._row_started, distributed.world_size(), len(LossTerms._fields)
+        sums = distributed.sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([self._waited_s])])).cpu()
+        terms = dict(zip(LossTerms._fields, (sums[:n] / self._micro_batches / world).tolist(), strict=True))
+        if not math.isfinite(terms["total"]):
+            raise ValueError(f"the loss is {terms['total']} at step {global_step}: try a lower optim.lr or warm-up")
+        row: dict[str, Any] = {"epoch": epoch, "global_step": global_step, "train/loss": terms.pop("total")}
+        row |= {f"train/{name}": value for name, value in terms.items() if value or name in ("ce", "kl", "sd")}
+        for t, (loss, correct, samples) in enumerate(sums[n:-1].view(3, -1).T.tolist(), start=1):
+            if samples:
+                row |= {f"train/loss_t{t}": loss / samples, f"train/top1_t{t}": 100 * correct / samples}
         self._record.write(
-            {
-                "epoch": epoch,
-                "global_step": global_step,
-                "train/loss": total / world,
-                "train/ce": ce / world,
-                "train/kl": kl / world,
-                "train/sd": sd / world,
+            row
+            | {
                 "train/lr": learning_rate,
                 "train/images_per_s": self._steps * self._batch_size / seconds,
-                "train/data_wait_share": waited / world / seconds,
+                "train/step_ms": 1000 * seconds / self._steps,
+                "train/peak_memory_mib": peak_memory_mib(),
+                "train/data_wait_share": sums[-1].item() / world / seconds,
             }
         )
         self._reset()
@@ -232,6 +240,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
+
+
+def peak_memory_mib() -> float:
+    """The most that this process has held so far: of the GPU's memory if it uses one, else of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def format_seconds(seconds: float) -> str:

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -60,7 +62,7 @@ class Run:
         device = self.place.device
         return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(self.config, device))
 
-    def validate(self, model: nn.Module, num_timesteps: int) -> dict[str, float]:
+    def validate(self, model: nn.Module, num_timesteps: int) -> dict[str, Any]:
         """Metrics of `model` on the whole validation set, the same on every rank."""
         return validate(
             model,
@@ -69,11 +71,15 @@ class Run:
             num_timesteps=num_timesteps,
             device=self.place.device,
             autocast=use_bf16(self.config, self.place.device),
+            activity_images=-(-self.config.eval.activity_images // self.place.world_size),
         )
 
     def validate_student(self, model: nn.Module) -> dict[str, float]:
-        """The same of the student, as a row of the record."""
-        return {f"val/{key}": value for key, value in self.validate(model, self.config.eval_timesteps).items()}
+        """The same of the student, as a row of the record; curves and layers go to `validation.json`."""
+        found = self.validate(model, self.config.eval_timesteps)
+        if self.place.rank == 0:
+            write_json(self.folder.validation_file, found)
+        return {f"val/{key}": value for key, value in found.items() if not isinstance(value, dict)}
 
     def finish(self, record: Record, progress: Progress, row: dict[str, float]) -> None:
         """Table, figure and summary: the outcome."""
@@ -242,6 +248,7 @@ class Trainer:
         batches = self.loader.epoch(progress.epoch, progress.step_in_epoch)
         stop = False
         while progress.step_in_epoch < self.loader.steps_per_epoch and not self._complete and not stop:
+            self._draw_timesteps()
             for micro_batch in range(config.accumulation):
                 images_BCHW, labels_B = meter.wait_for(batches)
                 x_BCHW, labels = self.mixer(
@@ -249,9 +256,10 @@ class Trainer:
                 )
                 with self.parts.autocast:
                     teacher_logits_BK = self.teacher(x_BCHW) if self.teacher is not None else None
-                terms = self.loss(as_timesteps(engine.forward(x_BCHW)), teacher_logits_BK, labels)
+                logits_TBK = as_timesteps(engine.forward(x_BCHW))
+                terms = self.loss(logits_TBK, teacher_logits_BK, labels)
                 engine.backward(terms.total)
-                meter.add(terms)
+                meter.add(terms, logits_TBK, labels)
             progress.step_in_epoch += 1
             progress.global_step += 1
             meter.step(progress.epoch, progress.step_in_epoch, progress.global_step, engine.learning_rate)
@@ -261,6 +269,14 @@ class Trainer:
         if progress.step_in_epoch == self.loader.steps_per_epoch:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
         return stop
+
+    def _draw_timesteps(self) -> None:
+        """With `train.random_timesteps`, how many this optimiser step runs: a function of (seed, step)."""
+        config = self.parts.config
+        if config.train.random_timesteps:
+            generator = np.random.default_rng([config.run.seed, self.progress.global_step])
+            T = int(generator.integers(1, config.student.num_timesteps + 1))
+            self.engine.student.set_num_timesteps(T)  # type: ignore[operator]
 
     @property
     def _complete(self) -> bool:
@@ -335,6 +351,8 @@ def make_loss(config: Config) -> TemporalDistillationLoss:
         loss.self_target,
         target=loss.target,
         label_smoothing=loss.label_smoothing,
+        consistency=loss.consistency,
+        tet=loss.tet,
     )
 
 

@@ -4,12 +4,15 @@ Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tdkd_dist.activity import ActivityMeter
 from tdkd_dist.data.normalise import Normalise
-from tdkd_dist.metrics import TimestepCounts
+from tdkd_dist.metrics import EXIT_RULES, TimestepCounts
+from tdkd_dist.students.base import SpikingNet
 
 
 def as_timesteps(logits: Tensor) -> Tensor:
@@ -25,22 +28,43 @@ def validate(
     num_timesteps: int,
     device: torch.device,
     autocast: bool = False,
-) -> dict[str, float]:
-    """Accuracy, loss and confidence after t = 1..T timesteps over all ranks' batches; see `TimestepCounts.summary`.
+    activity_images: int = 0,
+) -> dict[str, Any]:
+    """What a network is worth after t = 1..T timesteps, over all ranks' batches; see `TimestepCounts.summary`.
 
-    A spiking student runs `num_timesteps` steps, whatever it trains with, and is left as it was.
+    A spiking student runs `num_timesteps` steps, whatever it trains with, and is left as it was. Its activity is
+    counted in the same pass, on this rank's first `activity_images` images, and its operations and energy added to
+    the result (`ActivityMeter.summary`).
     """
     counts = TimestepCounts()
     was_training, trained_timesteps = model.training, getattr(model, "num_timesteps", None)
     model.eval()
     if trained_timesteps is not None:
         model.set_num_timesteps(num_timesteps)  # type: ignore[operator]
+    meter = ActivityMeter(model, activity_images, device) if isinstance(model, SpikingNet) else None
     with torch.no_grad():
         for images_BCHW, labels_B in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                logits_TBK = as_timesteps(model(normalise(images_BCHW)))
+                x_BCHW = normalise(images_BCHW)
+                if meter is not None and meter.wants_more:
+                    logits_TBK = meter.forward(x_BCHW)
+                else:
+                    logits_TBK = as_timesteps(model(x_BCHW))
             counts.update(logits_TBK, labels_B)
     if trained_timesteps is not None:
         model.set_num_timesteps(trained_timesteps)  # type: ignore[operator]
     model.train(was_training)
-    return counts.summary(num_timesteps, device)
+    row = counts.summary(num_timesteps, device)
+    activity = meter.summary() if meter is not None else None
+    return row if activity is None else row | activity | _energy_of_exits(row, activity)
+
+
+def _energy_of_exits(row: dict[str, Any], activity: dict[str, Any]) -> dict[str, Any]:
+    """The early-exit curves with `energy_mj`: the energy up to t, weighted by the share that exits at t."""
+    curves = {}
+    for rule in EXIT_RULES:
+        curve = row[f"exit_{rule}"]
+        shares_GT = torch.tensor(curve["histogram"], dtype=torch.float64) / 100
+        energy_T = torch.tensor([activity[f"energy_mj_t{t}"] for t in range(1, shares_GT.shape[1] + 1)])
+        curves[f"exit_{rule}"] = curve | {"energy_mj": (shares_GT @ energy_T.double()).tolist()}
+    return curves

@@ -84,7 +84,7 @@ def test_equals_the_definition(problem, temperature, alpha, beta, self_target, t
         target=target, smoothing=smoothing,
     )  # fmt: skip
     expected = (ce + alpha * kl_term + beta * sd, ce, kl_term, sd)
-    for found, wanted in zip(terms, expected, strict=True):
+    for found, wanted in zip(terms[:4], expected, strict=True):
         assert found.item() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
 
 
@@ -128,6 +128,37 @@ def test_ensemble_loss_is_bounded_by_the_temporal_loss(T, temperature, log_scale
     for name in ("ce", "kl"):
         left = getattr(per_sample(same.mean(0, keepdim=True), q, label), name).item()
         assert left == pytest.approx(getattr(per_sample(same, q, label), name).item(), rel=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems(), st.floats(0.01, 1), st.floats(0.01, 0.99))
+def test_consistency_and_tet_equal_their_definitions(problem, weight, tet):
+    z, _, labels, _ = problem
+    T, B, K = z.shape
+    plain = TemporalDistillationLoss(0.0, 0.0, 1.0)(z, None, labels)
+    terms = TemporalDistillationLoss(0.0, 0.0, 1.0, consistency=weight, tet=tet)(z, None, labels)
+    means = [[[math.fsum(z[: t + 1, b, k].tolist()) / (t + 1) for k in range(K)] for b in range(B)] for t in range(T)]
+    consistency = 0.0
+    for t in range(T - 1):
+        for b in range(B):
+            target = [math.exp(v) for v in log_softmax(means[t + 1][b])]
+            consistency += cross_entropy(means[t][b], target, 0.0) / ((T - 1) * B)
+    mse = math.fsum((v - 1) ** 2 for v in z.flatten().tolist()) / (T * B * K)
+    assert terms.consistency.item() == pytest.approx(consistency, rel=1e-12, abs=1e-12)
+    assert terms.mse.item() == pytest.approx(mse, rel=1e-12)
+    assert terms.ce.item() == plain.ce.item()
+    expected = (1 - tet) * plain.ce.item() + weight * consistency + tet * mse
+    assert terms.total.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_consistency_leaves_the_later_ensemble_alone():
+    z = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    loss = TemporalDistillationLoss(0.0, 0.0, 1.0, consistency=1.0)
+    (gradient,) = torch.autograd.grad(loss(z, None, torch.tensor([0, 1, 2])).consistency, z)
+    # Only the first ensemble follows, and it knows nothing of the second timestep.
+    assert gradient[1].abs().max() == 0
+    expected = (z[0].softmax(-1) - z.mean(0).softmax(-1)) / 3
+    torch.testing.assert_close(gradient[0], expected.detach(), rtol=1e-12, atol=1e-15)
 
 
 def test_self_target_carries_no_gradient():

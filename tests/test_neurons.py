@@ -26,7 +26,7 @@ def primitive(surrogate: str, u: torch.Tensor) -> torch.Tensor:
 
 
 def derivative(surrogate: str, u: np.ndarray) -> np.ndarray:
-    """REFERENCE's formulas, at the default slopes."""
+    """The surrogates' formulas at their default slopes, written out in NumPy."""
     sigma = 1 / (1 + np.exp(-4 * u))
     return {
         "sigmoid": 4 * sigma * (1 - sigma),

@@ -8,12 +8,12 @@ from pathlib import Path
 from tdkd_dist.config import DataConfig
 from tdkd_dist.data.classes import check_order
 from tdkd_dist.data.manifest import BetonInfo, read_manifest
-from tdkd_dist.data.sources import FolderSource, class_folders
+from tdkd_dist.data.sources import Source, class_folders
 
 logger = logging.getLogger(__name__)
 
 
-def check_classes(data: DataConfig, key: str, opened: BetonInfo | FolderSource) -> None:
+def check_classes(data: DataConfig, key: str, opened: BetonInfo | Source) -> None:
     """The classes of `data.train` or `data.val` must be numbered as the teacher's are, and alike in both sets.
 
     Raises `ValueError` starting with `key=path: `. A wrong order trains quietly; a class that one set lacks shifts the
@@ -46,7 +46,8 @@ def say_where_it_is_cached(key: str, path: Path) -> None:
 
 def _class_names(path: str, format: str) -> Sequence[str] | None:
     if format == "imagefolder":
-        return class_folders(Path(path)) or None
+        train = Path(path) / "train"
+        return class_folders(train if train.is_dir() else Path(path)) or None
     manifest = read_manifest(path)
     return manifest.class_names if manifest else None
 

@@ -22,6 +22,8 @@ PLAN_COLUMNS = 11
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ATTEMPTS = 10
+EXTRA_DRAWS = 6 + 4 * _ATTEMPTS
+"""The draws of a sample from this one on are left to other augmentations."""
 _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 _ERASE_SCALE = (0.02, 1 / 3)
@@ -61,7 +63,7 @@ class CropRule:
         if self.crop == "center":
             plan_BP[:, TOP : WIDTH + 1] = center_boxes(heights_B, widths_B, self.crop_pct)
             return plan_BP
-        draws_BD = uniform_draws(self.seed, epoch, indices_B, 6 + 4 * _ATTEMPTS)
+        draws_BD = uniform_draws(self.seed, epoch, indices_B, EXTRA_DRAWS)
         size = self.size_at(epoch)
         if self.flip:
             plan_BP[:, FLIP] = draws_BD[:, 0] < 0.5

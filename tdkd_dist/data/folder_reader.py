@@ -1,10 +1,11 @@
-"""Batches from an ImageFolder tree through torch's DataLoader, with the same plans as FFCV's reader.
+"""Batches from an ImageFolder tree, or any other source, through torch's DataLoader, with FFCV's reader's plans.
 
 Only the interpolation differs: Pillow's bilinear with antialiasing here, OpenCV's area average there.
 Shapes: B pictures, H x W pixels, P columns of a plan.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tdkd_dist.data.crops import DOWN, ERASE_TOP, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, CropRule, Ints
-from tdkd_dist.data.sources import FolderSource, Image, Source
+from tdkd_dist.data.jitter import augment_seed
+from tdkd_dist.data.sources import Image, Source
 
 STALL_SECONDS = 600
 """Longest wait for a batch from a process that still lives."""
@@ -27,12 +29,21 @@ Item = tuple[int, int]
 class FolderReader:
     """Reads any order of samples from a source of pictures, in batches, with `workers` processes."""
 
-    def __init__(self, source: FolderSource, *, batch_size: int, rule: CropRule, workers: int, device: torch.device):
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        rule: CropRule,
+        workers: int,
+        device: torch.device,
+        auto_augment: str | None = None,
+    ):
         self.path: Path = source.path
         self._device = device
         self._sampler = _Sampler(batch_size)
         self._loader: DataLoader[Any] = DataLoader(
-            _Pictures(source, rule),
+            _Pictures(source, rule, auto_augment),
             batch_sampler=self._sampler,
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -77,19 +88,44 @@ class _Sampler(Sampler[list[Item]]):
 
 
 class _Pictures(Dataset[tuple[Image, np.int64]]):
-    def __init__(self, source: Source, rule: CropRule):
+    def __init__(self, source: Source, rule: CropRule, auto_augment: str | None):
         self.source, self.rule = source, rule
+        self._policy = _policy(auto_augment) if auto_augment else None
 
     def __getitem__(self, item: Item) -> tuple[Image, np.int64]:
         epoch, index = item
         pixels_HWC = self.source.read(index)
         height, width = pixels_HWC.shape[:2]
         plan_1P = self.rule.plan(epoch, np.array([index]), np.array([height]), np.array([width]))
-        return follow(plan_1P[0], pixels_HWC, self.rule.size_at(epoch), self.rule.fill), self.source.labels[index]
+        policy = partial(self._policy, augment_seed(self.rule.seed, epoch, index)) if self._policy else None
+        image_HWC = follow(plan_1P[0], pixels_HWC, self.rule.size_at(epoch), self.rule.fill, policy)
+        return image_HWC, self.source.labels[index]
 
 
-def follow(plan_P: NDArray[np.int64], pixels_HWC: Image, size: int, fill: tuple[int, int, int] = (0, 0, 0)) -> Image:
-    """What the plan makes of a picture: [size, size, 3]."""
+def _policy(name: str) -> Callable[[int, Image], Image]:
+    """torchvision's AutoAugment policy as a function of a seed and a picture (Cubuk et al. 2019)."""
+    from PIL import Image as Pillow
+    from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+
+    transform = AutoAugment(AutoAugmentPolicy(name), fill=[128.0, 128.0, 128.0])
+
+    def apply(seed: int, image_HWC: Image) -> Image:
+        # torchvision draws from torch's global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return np.array(transform(Pillow.fromarray(image_HWC)))
+
+    return apply
+
+
+def follow(
+    plan_P: NDArray[np.int64],
+    pixels_HWC: Image,
+    size: int,
+    fill: tuple[int, int, int] = (0, 0, 0),
+    policy: Callable[[Image], Image] | None = None,
+) -> Image:
+    """What the plan makes of a picture: [size, size, 3]; `policy` comes after the flip and before the filled box."""
     from PIL import Image as Pillow
 
     top, left, height, width = (int(plan_P[column]) for column in (TOP, LEFT, HEIGHT, WIDTH))
@@ -101,6 +137,8 @@ def follow(plan_P: NDArray[np.int64], pixels_HWC: Image, size: int, fill: tuple[
         image_HWC = _moved(image_HWC, down, right)
     if plan_P[FLIP]:
         image_HWC = np.ascontiguousarray(image_HWC[:, ::-1])
+    if policy is not None:
+        image_HWC = policy(image_HWC)
     top, left, height, width = (int(n) for n in plan_P[ERASE_TOP:])
     image_HWC[top : top + height, left : left + width] = fill
     return image_HWC

@@ -18,8 +18,9 @@ from torch import Tensor
 from tdkd_dist.config import DataConfig
 from tdkd_dist.data.checks import check_classes, say_where_it_is_cached
 from tdkd_dist.data.crops import CropRule, Ints
+from tdkd_dist.data.jitter import ColorJitter
 from tdkd_dist.data.manifest import check_beton
-from tdkd_dist.data.sources import FolderSource
+from tdkd_dist.data.sources import Source, open_source
 from tdkd_dist.data.staging import staged
 
 Batch = tuple[Tensor, Tensor]
@@ -51,11 +52,13 @@ class TrainLoader:
         rank: int,
         world_size: int,
         seed: int,
+        jitter: ColorJitter | None = None,
     ):
         self.num_samples, self.num_classes = num_samples, num_classes
         self.steps_per_epoch = num_samples // batch_size
         self._reader, self._batch_size, self._seed = reader, batch_size, seed
         self._rank, self._world_size = rank, world_size
+        self._jitter = jitter
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
         """This rank's micro-batches of an epoch, in order, from global step `start_step` on.
@@ -68,7 +71,9 @@ class TrainLoader:
             rank=self._rank,
             world_size=self._world_size,
         )
-        return self._reader.batches(order[start_step * self._batch_size // self._world_size :], epoch)
+        order = order[start_step * self._batch_size // self._world_size :]
+        batches = self._reader.batches(order, epoch)
+        return batches if self._jitter is None else _jittered(batches, self._jitter, order, epoch)
 
     def close(self) -> None:
         """Free threads and processes."""
@@ -89,6 +94,17 @@ class ValLoader:
     def close(self) -> None:
         """Free threads and processes."""
         self._reader.close()
+
+
+def _jittered(batches: Generator[Batch], jitter: ColorJitter, order: Ints, epoch: int) -> Generator[Batch]:
+    position = 0
+    try:
+        for images_BCHW, labels_B in batches:
+            indices_B = order[position : position + len(labels_B)]
+            position += len(labels_B)
+            yield jitter(images_BCHW, epoch, indices_B), labels_B
+    finally:
+        batches.close()
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> Ints:
@@ -123,7 +139,14 @@ def make_train_loader(
         reader.close()
         raise ValueError(f"train.batch_size={batch_size}: data.train={data.train} holds only {num_samples} samples")
     return TrainLoader(
-        reader, num_samples, num_classes, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed
+        reader,
+        num_samples,
+        num_classes,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        jitter=ColorJitter(data.color_jitter, seed) if data.color_jitter else None,
     )
 
 
@@ -168,10 +191,17 @@ def _open(
     if data.format == "imagefolder":
         from tdkd_dist.data.folder_reader import FolderReader
 
-        source = open_folder(path, key)
+        source = open_pictures(path, key)
         check_classes(data, key, source)
-        reader = FolderReader(source, batch_size=batch_size, rule=rule, workers=workers, device=device)
-        return reader, len(source.labels), len(source.class_names)
+        reader = FolderReader(
+            source,
+            batch_size=batch_size,
+            rule=rule,
+            workers=workers,
+            device=device,
+            auto_augment=data.auto_augment if split == "train" else None,
+        )
+        return reader, len(source.labels), count_classes(source)
     info = check_beton(path, key)
     check_classes(data, key, info)
     here = staged(info.path, data.stage_to) if data.stage_to else info.path
@@ -188,9 +218,17 @@ def _open(
         raise ValueError(f"data.format=ffcv: {error}; install ffcv, or say data.format=imagefolder") from error
 
 
-def open_folder(path: str, key: str) -> FolderSource:
-    """The ImageFolder tree that is the value of the configuration's `key`. Raises `ValueError` naming it."""
+def open_pictures(path: str, key: str) -> Source:
+    """What lies at `path`, the value of the configuration's `key` (data.train or data.val).
+
+    Raises `ValueError` starting with `key=path` if nothing here can read it.
+    """
     try:
-        return FolderSource(Path(path))
+        return open_source(Path(path), key.removeprefix("data."))
     except ValueError as error:
         raise ValueError(f"{key}={error}") from error
+
+
+def count_classes(source: Source) -> int:
+    """How many classes a source names or, without names, the largest label + 1."""
+    return int(source.labels.max()) + 1 if source.class_names is None else len(source.class_names)
