@@ -3,12 +3,17 @@
     python launch/submit.py --list                          recipes and what they reach
     python launch/submit.py recipe=fashion_sew --dry-run    the resolved configuration and the job, without starting it
     python launch/submit.py recipe=imagenet_sew34 data.train=A.beton data.val=B.beton
+    python launch/submit.py recipe=fashion_sew sweep.run.seed=[0,1,2] sweep.loss.beta=[0,0.5]    every combination
 
 The run lives in runs/NAME. The same command again resumes it; Ctrl-C stops it cleanly, at a step boundary.
 Exit status: 0 finished, 1 crashed, 2 a mistake in the command, recipe or data, 130 stopped.
 """
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tdkd_dist.config import Config
 
 USAGE = "usage: python launch/submit.py recipe=NAME [key=value ...] [--dry-run] | --list | --help"
 
@@ -44,33 +49,57 @@ def list_recipes() -> int:
 
 
 def submit(arguments: list[str]) -> int:
-    """Check, submit and follow one run."""
+    """Check, submit and follow one run, or the members of a sweep one after the other."""
     recipes = [a.removeprefix("recipe=") for a in arguments if a.startswith("recipe=")]
     flags = [a for a in arguments if a.startswith("-")]
-    if len(recipes) != 1 or set(flags) - {"--dry-run"}:
+    sweeps_recipes = any(a.startswith("sweep.recipe=") for a in arguments)
+    if len(recipes) != (not sweeps_recipes) or set(flags) - {"--dry-run"}:
         unknown = set(flags) - {"--dry-run"}
         print(f"error: {unknown.pop()}: no such flag" if unknown else "error: which recipe?", file=sys.stderr)
         print(f"{USAGE}\nrecipes: python launch/submit.py --list", file=sys.stderr)
         return 2
+    from tdkd_dist.recipe import expand_sweep, load_config
+
+    overrides = [a for a in arguments if not a.startswith(("recipe=", "-"))]
+    members = expand_sweep(recipes[0] if recipes else "", overrides)
+    configs = [load_config(recipe, own) for recipe, own in members]
+    if "--dry-run" in flags:
+        for config in configs:
+            show(config)
+        return 0
+    if len(configs) == 1:
+        return run(configs[0])
+    return run_sweep(configs)
+
+
+def show(config: "Config") -> None:
+    """What would be run, and what is missing for it."""
     from tdkd_dist import preflight, submission
-    from tdkd_dist.recipe import load_config, to_yaml
+    from tdkd_dist.recipe import to_yaml
     from tdkd_dist.run_folder import RunFolder
 
-    config = load_config(recipes[0], [a for a in arguments if not a.startswith(("recipe=", "-"))])
+    cluster = submission.find_cluster(config)
+    findings = preflight.check(config, cluster=cluster, dry_run=True)
+    print(to_yaml(config))
+    print(f"job: {submission.describe(config, cluster)}")
+    print(
+        f"global batch: {config.train.batch_size} = {config.launcher.world_size} rank(s) x"
+        f" {config.accumulation} micro-batch(es) x {config.micro_batch} images"
+    )
+    print(f"steps per epoch: {findings.steps_per_epoch(config) or 'known once data.train is here'}")
+    if cluster == "slurm":
+        print(f"batch script:\n{submission.batch_script(config, RunFolder(config.run.folder))}")
+    for line in findings.absent:
+        print(f"not here yet: {line}")
+
+
+def run(config: "Config") -> int:
+    """Submit and follow one run, unless it is finished; its exit status."""
+    from tdkd_dist import preflight, submission
+    from tdkd_dist.run_folder import RunFolder
+
     cluster = submission.find_cluster(config)
     folder = RunFolder(config.run.folder)
-    if "--dry-run" in flags:
-        findings = preflight.check(config, cluster=cluster, dry_run=True)
-        print(to_yaml(config))
-        print(f"job: {submission.describe(config, cluster)}")
-        print(
-            f"global batch: {config.train.batch_size} = {config.launcher.world_size} rank(s) x"
-            f" {config.accumulation} micro-batch(es) x {config.micro_batch} images"
-        )
-        print(f"steps per epoch: {findings.steps_per_epoch(config) or 'known once data.train is here'}")
-        for line in findings.absent:
-            print(f"not here yet: {line}")
-        return 0
     if folder.config_file.exists():
         folder.check_same(config)
         finished = folder.read_summary(config)
@@ -81,6 +110,27 @@ def submit(arguments: list[str]) -> int:
     folder.create(config)
     print(f"{folder.path}: {submission.describe(config, cluster)}", flush=True)
     return submission.run_to_end(config, folder, cluster, findings.teacher_weights)
+
+
+def run_sweep(configs: "list[Config]") -> int:
+    """One run after the other, going on where the sweep stopped; a member's failure leaves the others to run."""
+    from tdkd_dist import preflight, submission
+
+    for config in configs:
+        preflight.check(config, cluster=submission.find_cluster(config))
+    states = {submission.FINISHED: "finished", submission.USERS_MISTAKE: "refused", submission.CRASHED: "crashed"}
+    outcomes: dict[str, int] = {}
+    for k, config in enumerate(configs, start=1):
+        print(f"\n[{k}/{len(configs)}] {config.run.name}", flush=True)
+        status = run(config)
+        if status == submission.STOPPED:
+            print("the sweep is stopped; the same command goes on from here")
+            return status
+        outcomes[config.run.name] = status
+    print("\nthe sweep:")
+    for name, status in outcomes.items():
+        print(f"  {name}: {states[status]}")
+    return max(outcomes.values())
 
 
 if __name__ == "__main__":

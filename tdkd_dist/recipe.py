@@ -5,6 +5,7 @@ message names the key or file.
 """
 
 import difflib
+import itertools
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from tdkd_dist.config import Config, flatten, require
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+SITES = RECIPES.parent / "launch" / "sites"
 
 
 def list_recipes() -> dict[str, str]:
@@ -27,17 +29,63 @@ def list_recipes() -> dict[str, str]:
 def load_config(recipe: str, overrides: list[str]) -> Config:
     """The checked configuration of `recipe` (a name in `recipes/`, or a YAML file) with `key=value` overrides.
 
-    Raises `ValueError`, naming the key or file, for an unknown recipe or key, a wrong type or a bad value.
+    `site=NAME` among them, or else the environment's TDKD_SITE, names a file in `launch/sites/` (or a YAML file) that
+    wins over the recipe and loses to the other overrides. Raises `ValueError`, naming the key or file, for an unknown
+    recipe, site or key, a wrong type or a bad value.
     """
     from omegaconf import OmegaConf
 
     path = find_recipe(recipe)
+    sites = [text.removeprefix("site=") for text in overrides if text.startswith("site=")]
+    site = sites[-1] if sites else os.environ.get("TDKD_SITE")
+    site_layers = [_read_yaml(_find_site(site))] if site else []
+    own = [text for text in overrides if not text.startswith("site=")]
     merged = OmegaConf.structured(Config)
-    for layer in [*_read_layers(path), _parse_overrides(overrides)]:
+    for layer in [*_read_layers(path), *site_layers, _parse_overrides(own)]:
         merged = _merge(merged, layer)
     config = _to_config(merged)
     config.run.name = config.run.name or path.stem
     return config
+
+
+def expand_sweep(recipe: str, overrides: list[str]) -> list[tuple[str, list[str]]]:
+    """Each member's recipe and overrides of a sweep: every combination of the values in `sweep.KEY=[a,b,...]`.
+
+    `sweep.recipe=[...]` goes through recipes. The first key changes slowest. A member is called after its recipe (or
+    `run.name`) and its values, such as `twce-seed0`, and lives in `runs/` or in the folder `run.dir`. Without a
+    `sweep.` override there is one member, as given. Raises `ValueError` for values that are no list.
+    """
+    swept = [text.removeprefix("sweep.") for text in overrides if text.startswith("sweep.")]
+    if not swept:
+        return [(recipe, overrides)]
+    common = [text for text in overrides if not text.startswith("sweep.")]
+    given = dict(text.partition("=")[::2] for text in common)
+    keys, choices = zip(*(_parse_choices(text) for text in swept), strict=True)
+    members = []
+    for values in itertools.product(*choices):
+        chosen = dict(zip(keys, values, strict=True))
+        own_recipe = chosen.pop("recipe", recipe)
+        parts = [given.get("run.name") or Path(own_recipe).stem, *(f"{k.split('.')[-1]}{v}" for k, v in chosen.items())]
+        if "run.name" in given and "recipe" in keys:
+            parts.insert(1, Path(own_recipe).stem)
+        name = "-".join(parts).replace(os.sep, "_")
+        own = [f"{key}={value}" for key, value in chosen.items()] + [f"run.name={name}"]
+        if "run.dir" in given:
+            own.append(f"run.dir={Path(given['run.dir']) / name}")
+        members.append((own_recipe, [*common, *own]))
+    return members
+
+
+def _parse_choices(text: str) -> tuple[str, list[str]]:
+    import yaml
+
+    key, _, value = text.partition("=")
+    try:
+        values = yaml.safe_load(value)
+    except yaml.YAMLError:
+        values = None
+    require(isinstance(values, list) and len(values) > 0, f"sweep.{text}: a list is wanted, such as sweep.{key}=[1,2]")
+    return key, [str(v) if not isinstance(v, bool) else str(v).lower() for v in values]
 
 
 def read_config(path: Path) -> Config:
@@ -73,6 +121,14 @@ def find_recipe(recipe: str) -> Path:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
         raise ValueError(f"recipe={recipe}: no such recipe; {hint}")
     return path
+
+
+def _find_site(site: str) -> Path:
+    for path in (Path(site), SITES / f"{site}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in SITES.glob("*.yaml")))
+    raise ValueError(f"site={site}: no such file in launch/sites; there are {known}")
 
 
 def _read_yaml(path: Path) -> Any:

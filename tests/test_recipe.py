@@ -3,7 +3,7 @@
 import pytest
 
 from tdkd_dist.config import Config, flatten
-from tdkd_dist.recipe import RECIPES, list_recipes, load_config, read_config, save_config
+from tdkd_dist.recipe import RECIPES, expand_sweep, list_recipes, load_config, read_config, save_config
 
 
 @pytest.fixture
@@ -99,3 +99,37 @@ def test_the_contracts_keys_exist():
         "wandb": "project entity mode",
     }.items():
         assert {f"{section}.{name}" for name in names.split()} <= keys
+
+
+def test_a_sweep_is_every_combination_the_first_key_changing_slowest():
+    members = expand_sweep("", ["sweep.recipe=[a/twce,a/sce]", "train.epochs=3", "sweep.run.seed=[0,1]"])
+    assert members == [
+        (f"a/{name}", ["train.epochs=3", f"run.seed={seed}", f"run.name={name}-seed{seed}"])
+        for name in ("twce", "sce")
+        for seed in (0, 1)
+    ]
+
+
+def test_members_of_a_sweep_are_named_and_placed_apart():
+    members = expand_sweep("fashion_sew", ["run.name=mine", "run.dir=out", "sweep.loss.beta=[0, 0.5]"])
+    configs = [load_config(recipe, overrides) for recipe, overrides in members]
+    assert [c.loss.beta for c in configs] == [0, 0.5]
+    assert [str(c.run.folder) for c in configs] == ["out/mine-beta0", "out/mine-beta0.5"]
+
+
+@pytest.mark.parametrize("text", ["sweep.run.seed=3", "sweep.run.seed=[]", "sweep.run.seed=[1", "sweep.run.seed"])
+def test_a_sweep_wants_a_list(text):
+    with pytest.raises(ValueError, match=r"^sweep\.run\.seed.*: a list is wanted, such as sweep\.run\.seed=\[1,2\]$"):
+        expand_sweep("fashion_sew", [text])
+
+
+def test_a_site_wins_over_the_recipe_and_loses_to_the_command_line(tmp_path, monkeypatch):
+    config = load_config("fashion_sew", ["site=sandbox", "launcher.time_min=7"])
+    assert (config.launcher.nodes, config.launcher.tasks_per_node, config.launcher.time_min) == (2, 1, 7)
+    assert load_config("fashion_sew", []).launcher.nodes == 1
+    (tmp_path / "mine.yaml").write_text("launcher: {partition: fast}")
+    monkeypatch.setenv("TDKD_SITE", str(tmp_path / "mine.yaml"))
+    assert load_config("fashion_sew", []).launcher.partition == "fast"
+    assert load_config("imagenet_sew34", ["site=example"]).launcher.setup[0] == "module purge"
+    with pytest.raises(ValueError, match=r"^site=none: no such file in launch/sites; there are example, sandbox$"):
+        load_config("fashion_sew", ["site=none"])

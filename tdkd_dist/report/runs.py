@@ -1,0 +1,203 @@
+"""What a report knows of runs: their records, grouped by the configuration that they share over seeds.
+
+Shapes: S seeds, T timesteps.
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tdkd_dist.config import Config, flatten, require
+from tdkd_dist.data.manifest import read_manifest
+from tdkd_dist.recipe import read_config
+from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.tracking import read_rows
+
+Floats = NDArray[np.float64]
+NOT_COMPARED = (
+    "run.",
+    "launcher.",
+    "wandb.",
+    "data.workers",
+    "data.stage_to",
+    "train.log_every",
+    "train.keep_",
+    "eval.",
+)
+"""Keys in which runs of one group may differ."""
+
+
+@dataclass
+class RunData:
+    """One run, as far as it has come."""
+
+    folder: Path
+    config: Config
+    rows: list[dict[str, Any]]
+    validation: dict[str, Any] | None
+    """The last validation in full."""
+    finished: bool
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The row of the last validation."""
+        return [row for row in self.rows if "val/top1_t1" in row][-1]
+
+    @property
+    def state(self) -> str:
+        """In a few words."""
+        if self.finished:
+            return f"finished, {self.last['epoch']} epochs"
+        return f"still going, or ended early: {self.last['epoch']} of {self.config.train.epochs} epochs"
+
+    def curve(self, metric: str) -> Floats:
+        """A metric of the last validation, such as `top1`, after t = 1..T."""
+        values: list[float] = []
+        while (key := f"val/{metric}_t{len(values) + 1}") in self.last:
+            values.append(self.last[key])
+        return np.array(values)
+
+    def mean_of(self, key: str) -> float:
+        """A training figure averaged over the rows after the first, which pays for compilation; nan if unknown."""
+        values = [row[key] for row in self.rows if key in row]
+        return float(np.mean(values[1:] or values)) if values else math.nan
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but their seed."""
+
+    name: str
+    runs: list[RunData]
+
+    @property
+    def config(self) -> Config:
+        """What its runs share."""
+        return self.runs[0].config
+
+    def curves(self, metric: str) -> Floats:
+        """`[S, T]`: a metric after every timestep, a row a seed."""
+        curves = [run.curve(metric) for run in self.runs]
+        return np.array([c for c in curves if len(c) == len(curves[0])])
+
+    def exit_curve(self, rule: str, key: str) -> Floats | None:
+        """`[G]`: the early-exit curve's `key` over its thresholds, averaged over seeds; None if not recorded."""
+        found = [run.validation[f"exit_{rule}"].get(key) for run in self.runs if run.validation]
+        return np.mean(found, axis=0) if found and all(f is not None for f in found) else None
+
+
+def load_runs(folders: list[Path]) -> tuple[list[RunData], list[str]]:
+    """The runs in these folders, and a line for each that holds nothing to compare yet.
+
+    Raises `ValueError` naming a folder that holds no run, or if no run is left.
+    """
+    runs, left_out = [], []
+    for path in folders:
+        folder = RunFolder(path)
+        require(folder.config_file.is_file(), f"{path}: no run is here (no config.yaml)")
+        rows = read_rows(folder.metrics_file)
+        if not any("val/top1_t1" in row for row in rows):
+            left_out.append(f"{path}: left out, it has not been validated yet")
+            continue
+        config = read_config(folder.config_file)
+        validation = json.loads(folder.validation_file.read_text()) if folder.validation_file.is_file() else None
+        runs.append(RunData(path, config, rows, validation, folder.read_summary(config) is not None))
+    require(bool(runs), "none of these runs has been validated yet: nothing to compare")
+    return runs, left_out
+
+
+def check_comparable(runs: list[RunData]) -> None:
+    """Raise `ValueError` naming two runs that were validated on other data."""
+    first = runs[0]
+    for run in runs[1:]:
+        if _data(run) != _data(first):
+            raise ValueError(
+                f"{run.folder} was validated on {run.config.data.val} ({int(run.last['val/samples'])} images) and"
+                f" {first.folder} on {first.config.data.val} ({int(first.last['val/samples'])} images):"
+                " they cannot be compared"
+            )
+
+
+def group_runs(runs: list[RunData]) -> list[Group]:
+    """Runs that share a configuration but for their seed, in the order given."""
+    groups: dict[str, list[RunData]] = defaultdict(list)
+    for run in runs:
+        groups[json.dumps(_compared(run.config), default=str, sort_keys=True)].append(run)
+    return [Group(_name_of(members), members) for members in groups.values()]
+
+
+def differences(groups: list[Group]) -> dict[str, list[Any]]:
+    """The keys in which the groups differ, with each group's value."""
+    flats = [_compared(group.config) for group in groups]
+    return {key: [flat[key] for flat in flats] for key in flats[0] if len({str(flat[key]) for flat in flats}) > 1}
+
+
+@dataclass
+class PairedDifference:
+    """A group's top-1 minus another's at one timestep, seed by seed, in percentage points."""
+
+    mean: float
+    standard_error: float
+    low: float
+    """Of the 95 % confidence interval (Student's t)."""
+    high: float
+    seeds: int
+
+    @property
+    def resolved(self) -> bool:
+        """Whether it is at least two standard errors from 0."""
+        return self.seeds > 1 and abs(self.mean) >= 2 * self.standard_error
+
+
+def paired_differences(group: Group, reference: Group) -> list[PairedDifference]:
+    """After t = 1..T, over the seeds that both have; empty if there is none."""
+    from scipy.stats import t as student
+
+    ours = {run.config.run.seed: run.curve("top1") for run in group.runs}
+    theirs = {run.config.run.seed: run.curve("top1") for run in reference.runs}
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return []
+    T = min(len(c) for c in [*ours.values(), *theirs.values()])
+    found = []
+    for gaps_S in np.array([ours[s][:T] - theirs[s][:T] for s in seeds]).T:
+        n, mean = len(seeds), float(gaps_S.mean())
+        error = float(gaps_S.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+        half = float(student.ppf(0.975, n - 1)) * error if n > 1 else math.nan
+        found.append(PairedDifference(mean, error, mean - half, mean + half, n))
+    return found
+
+
+def spread(values_S: Floats) -> float:
+    """Standard deviation over seeds; nan for one."""
+    return float(values_S.std(ddof=1)) if len(values_S) > 1 else math.nan
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in flatten(config).items() if not key.startswith(NOT_COMPARED)}
+
+
+def _name_of(runs: list[RunData]) -> str:
+    """What the runs' names have in common at their start, without a trailing seed."""
+    names = [run.config.run.name for run in runs]
+    same = [len(set(letters)) == 1 for letters in zip(*names, strict=False)]
+    common = names[0][: [*same, False].index(False)] if len(names) > 1 else re.sub(r"[-_ .]seed\d+$", "", names[0])
+    return common.removesuffix("seed").rstrip("-_ .") or names[0]
+
+
+def _data(run: RunData) -> tuple[Any, ...]:
+    path = run.config.data.val
+    assert path is not None
+    try:
+        manifest = read_manifest(path)
+    except ValueError:
+        manifest = None
+    where = manifest.tables_sha256 if manifest else Path(path).resolve()
+    return str(where), run.last["val/samples"], run.config.student.num_classes

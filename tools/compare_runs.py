@@ -1,0 +1,78 @@
+"""Compare runs: python tools/compare_runs.py RUN... [--html FILE] [--wandb ENTITY/PROJECT] [--tsne IMAGES].
+
+RUN is a run folder, such as runs/fashion_sew. Prints accuracy after every timestep as a Markdown table; the first run's
+group is the one that others are compared with. --html writes a page that needs no network, --wandb builds a W&B report.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from tdkd_dist.report import tables
+from tdkd_dist.report.page import write_page
+from tdkd_dist.report.runs import check_comparable, group_runs, load_runs
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a mistake told in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what `main` prints."""
+        raise ValueError(message)
+
+
+def main(argv: list[str]) -> int:
+    """Compare; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    try:
+        compare(parse(argv))
+    except ValueError as error:
+        print(f"compare_runs: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as one HTML file")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="build a W&B report there")
+    parser.add_argument(
+        "--tsne", type=int, default=1000, metavar="IMAGES", help="for t-SNE in the page; 0: leave it out"
+    )
+    args = parser.parse_args(argv)
+    if args.wandb is not None and args.wandb.count("/") != 1:
+        raise ValueError(f"--wandb {args.wandb}: must be ENTITY/PROJECT")
+    if args.tsne < 0:
+        raise ValueError(f"--tsne {args.tsne}: must not be negative (0: leave it out)")
+    return args
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print the tables and write what was asked for."""
+    runs, notes = load_runs(args.runs)
+    check_comparable(runs)
+    notes += [f"{run.folder}: {run.state}" for run in runs if not run.finished]
+    groups = group_runs(runs)
+    print(tables.markdown(tables.accuracy_table(groups)))
+    paired = tables.paired_table(groups) if len(groups) > 1 else []
+    if len(paired) > 1:
+        print("\n" + tables.markdown(paired))
+    for note in notes:
+        print(note)
+    if args.wandb is not None:
+        from tdkd_dist.report import wandb_report
+
+        entity, project = args.wandb.split("/")
+        beside = args.html.with_suffix(".wandb.json") if args.html else Path("comparison.wandb.json")
+        line = wandb_report.send_or_keep(wandb_report.build(groups, notes, entity, project), beside)
+        print(line)
+        notes.append(line)
+    if args.html is not None:
+        write_page(args.html, groups, notes, tsne_images=args.tsne, say=lambda text: print(text, flush=True))
+        print(f"page: {args.html}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
