@@ -21,6 +21,8 @@ from tdkd_dist import distributed
 from tdkd_dist.engine import Engine
 
 MANIFEST = "manifest.json"
+LATEST, BEST = "latest", "best"
+"""Files in the folder that name a checkpoint."""
 
 
 @dataclass
@@ -37,30 +39,37 @@ class Progress:
     wandb_id: str | None = None
 
 
-def save(folder: Path, engine: Engine, progress: Progress, *, keep: int) -> Path:
+def save(
+    folder: Path, engine: Engine, progress: Progress, *, keep: int, best: bool, say: Callable[[str], None]
+) -> bool:
     """Write a checkpoint of the engine, this process's generators and `progress`; every rank must call it.
 
-    Returns its path. The newest `keep` checkpoints stay, older ones are removed.
+    The newest `keep` checkpoints stay, and the one last saved with `best`; older ones are removed. If it cannot be
+    written, on a full disk for instance, that is said, what was there stays, and False is returned on all ranks.
     """
-    final = folder / f"step-{progress.global_step:08d}"
-    temporary = folder / f"{final.name}.tmp"
+    name = f"step-{progress.global_step:08d}"
+    temporary = folder / f"{name}.tmp"
+    failure: Exception | None = None
+    if distributed.rank() == 0:
+        failure = _attempt(lambda: _make_empty(temporary))
+    distributed.barrier()
+    failure = engine.save(temporary) or failure
+    own = temporary / f"rank-{distributed.rank()}.pt"
+    failure = failure or _attempt(lambda: torch.save(_rank_state(engine), own))
+    (failed,) = distributed.any_rank(failure is not None)
+    if not failed and distributed.rank() == 0:
+        failure = _attempt(lambda: _complete(folder, temporary, name, progress, best))
+    (failed,) = distributed.any_rank(failure is not None)
+    if failed:
+        reasons = [reason for reason in distributed.from_every_rank(failure and str(failure)) if reason]
+        say(f"the checkpoint at step {progress.global_step} could not be written ({reasons[0].splitlines()[0]});"
+            " training goes on, the last one stays")  # fmt: skip
     if distributed.rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        if not failed:
+            _remove_old(folder, keep)
     distributed.barrier()
-    engine.save(temporary)
-    torch.save(_rank_state(engine), temporary / f"rank-{distributed.rank()}.pt")
-    distributed.barrier()
-    if distributed.rank() == 0:
-        (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
-        checksums = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
-        (temporary / MANIFEST).write_text(json.dumps(checksums, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        for old in list_checkpoints(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    distributed.barrier()
-    return final
+    return not failed
 
 
 def restore(folder: Path, engine: Engine, say: Callable[[str], None]) -> Progress | None:
@@ -74,6 +83,15 @@ def restore(folder: Path, engine: Engine, say: Callable[[str], None]) -> Progres
     if own.is_file():
         _set_rank_state(engine, torch.load(own, weights_only=False))
     return Progress(**json.loads((path / "progress.json").read_text()))
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the best validation, if one is there."""
+    try:
+        path = folder / (folder / BEST).read_text().strip()
+    except OSError:
+        return None
+    return path if path.is_dir() and path != folder else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -95,6 +113,38 @@ def find_damage(path: Path) -> str | None:
         if _sha256(file) != checksum:
             return f"{name} does not match its checksum"
     return None
+
+
+def _attempt(action: Callable[[], None]) -> Exception | None:
+    """What kept `action` from writing; torch raises `RuntimeError` when the disk is full."""
+    try:
+        action()
+    except (OSError, RuntimeError) as error:
+        return error
+    return None
+
+
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _complete(folder: Path, temporary: Path, name: str, progress: Progress, best: bool) -> None:
+    (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
+    checksums = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+    (temporary / MANIFEST).write_text(json.dumps(checksums, indent=1))
+    shutil.rmtree(folder / name, ignore_errors=True)
+    temporary.rename(folder / name)
+    for pointer in [BEST, LATEST] if best else [LATEST]:
+        (folder / f"{pointer}.tmp").write_text(f"{name}\n")
+        (folder / f"{pointer}.tmp").replace(folder / pointer)
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    best = best_checkpoint(folder)
+    for old in list_checkpoints(folder)[keep:]:
+        if old != best:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _newest_valid(folder: Path, say: Callable[[str], None]) -> str | None:

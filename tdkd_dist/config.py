@@ -216,7 +216,14 @@ class TrainConfig:
     """Exponential moving average of the weights; 0: off."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's ZeRO stage: 0 suits students of this size."""
+    save_every_min: float = 30.0
+    """Minutes between checkpoints within an epoch; each epoch's end and a stop save one too."""
+    save_every_steps: int | None = None
+    """Optimiser steps between checkpoints, besides."""
     keep_checkpoints: int = 2
+    """The newest so many stay, and the one of the best validation."""
+    max_skipped: int = 10
+    """Steps in a row whose loss may be NaN or infinite; such a step is skipped on all ranks."""
     log_every: int = 20
     """Optimiser steps between training rows of the record."""
 
@@ -234,6 +241,12 @@ class TrainConfig:
             self.compile = {"true": True, "false": False}.get(text, "auto")
         require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: must be in [0, 1)")
         require(self.log_every >= 1, f"train.log_every={self.log_every}: must be at least 1")
+        require(self.save_every_min > 0, f"train.save_every_min={self.save_every_min}: must be positive")
+        require(
+            self.save_every_steps is None or self.save_every_steps >= 1,
+            f"train.save_every_steps={self.save_every_steps}: must be at least 1",
+        )
+        require(self.max_skipped >= 0, f"train.max_skipped={self.max_skipped}: must not be negative")
         require(self.keep_checkpoints >= 1, f"train.keep_checkpoints={self.keep_checkpoints}: must be at least 1")
 
 
@@ -275,8 +288,24 @@ class LauncherConfig:
     """Time limit of one job, in minutes."""
     partition: str | None = None
     account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    mem_gb: int | None = None
+    """Memory a node, on Slurm; None: the cluster's default."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell that the batch script runs before the ranks start, such as `module load cuda`."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """More of sbatch's options, by their long names: `launcher.sbatch.reservation=mine`."""
+    srun_args: list[str] = field(default_factory=list)
+    """More of srun's arguments."""
+    network_interface: str | None = None
+    """The interface that NCCL and gloo talk over; None: they choose."""
+    signal_delay_s: int = 120
+    """How long before the time limit Slurm warns the job, which must be enough to save a checkpoint."""
+    hang_timeout_min: float = 20.0
+    """A rank that has not moved for so long ends itself, and with it the job; longer than any compilation or save."""
     max_restarts: int = 0
-    """How often a job that crashed is started again, from its last checkpoint, on this machine."""
+    """How often a job that crashed is started again, from its last checkpoint."""
 
     def __post_init__(self) -> None:
         require(self.nodes >= 1, f"launcher.nodes={self.nodes}: must be at least 1")
@@ -291,6 +320,11 @@ class LauncherConfig:
             " (one rank a GPU), or leave it out",
         )
         require(self.time_min >= 1, f"launcher.time_min={self.time_min}: must be at least 1")
+        require(
+            0 <= self.signal_delay_s < 60 * self.time_min,
+            f"launcher.signal_delay_s={self.signal_delay_s}: must be less than launcher.time_min={self.time_min} min",
+        )
+        require(self.hang_timeout_min > 0, f"launcher.hang_timeout_min={self.hang_timeout_min}: must be positive")
         require(self.max_restarts >= 0, f"launcher.max_restarts={self.max_restarts}: must not be negative")
 
     @property

@@ -1,6 +1,7 @@
 """Facts about this process's rank, and exact sums across ranks. Everything also works in a single process."""
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,13 +50,22 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def any_rank(flag: bool) -> bool:
-    """True on all ranks if `flag` is set on one; every rank must call it."""
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """For each flag, true on all ranks if it is set on one; every rank must call it."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_control)
-    return bool(value.item())
+        return flags
+    values = torch.tensor([int(flag) for flag in flags])
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_control)
+    return tuple(bool(value) for value in values.tolist())
+
+
+def from_every_rank(value: Any) -> list[Any]:
+    """Every rank's (picklable, small) value, in order of rank, on all ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_control)
+    return values
 
 
 def from_rank_0(value: str | None) -> str | None:

@@ -5,6 +5,7 @@ The only file that knows DeepSpeed. Its launcher is not used: the process group 
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class Engine:
             for network in (student, self.deployed):
                 network.to(memory_format=torch.channels_last)
         self.global_step = 0
+        self._remembered: list[Tensor] | None = None
         self._set_rate()
 
     @property
@@ -102,13 +104,42 @@ class Engine:
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's mean loss; the sum over an optimiser step is their mean."""
+        """Add the gradients of one micro-batch's mean loss; the sum over an optimiser step is their mean.
+
+        After the last micro-batch of an optimiser step they are those of all ranks, and `update` must follow.
+        """
         self._deepspeed.backward(loss)
-        # DeepSpeed counts micro-batches in step(), which updates only on the last one of an optimiser step.
-        at_boundary = self._deepspeed.is_gradient_accumulation_boundary()
-        self._deepspeed.step()
-        if at_boundary:
-            self._after_update()
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            self._deepspeed.step()  # counts the micro-batch, no more
+
+    def update(self, *, skip: bool = False) -> None:
+        """Take the optimiser step; with `skip`, drop its gradients and count it all the same."""
+        if skip:
+            # DeepSpeed has no way to drop a step; an optimiser that does nothing is the same.
+            step, self._optimizer.step = self._optimizer.step, lambda *_, **__: None
+            try:
+                self._deepspeed.step()
+            finally:
+                self._optimizer.step = step
+        else:
+            self._deepspeed.step()
+        self.global_step += 1
+        if self.ema is not None and not skip:
+            self.ema.update(self.student, step=self.global_step)
+        self._set_rate()
+
+    def remember_buffers(self) -> None:
+        """Keep this rank's batch-norm statistics, so that `recall_buffers` can undo a batch that spoilt them."""
+        buffers = list(self.student.buffers())
+        if self._remembered is None:
+            self._remembered = [buffer.clone() for buffer in buffers]
+        else:
+            torch._foreach_copy_(self._remembered, buffers)
+
+    def recall_buffers(self) -> None:
+        """Put back what `remember_buffers` kept."""
+        assert self._remembered is not None
+        torch._foreach_copy_(list(self.student.buffers()), self._remembered)
 
     def sync_buffers(self) -> None:
         """Average the batch-norm statistics over ranks: DeepSpeed never does, and what is saved must be one network."""
@@ -122,13 +153,15 @@ class Engine:
         networks = {"student": self.student} | ({"ema": self.ema.module} if self.ema is not None else {})
         return {f"{key}.{name}": buffer for key, net in networks.items() for name, buffer in net.named_buffers()}
 
-    def save(self, folder: Path) -> None:
-        """Write the whole state into `folder`; every rank must call it."""
+    def save(self, folder: Path) -> Exception | None:
+        """Write the whole state into `folder`; every rank must call it. Returns what kept this rank from writing."""
         state = {
             "global_step": self.global_step,
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
         }
-        self._deepspeed.save_checkpoint(str(folder), tag=STATE_TAG, client_state=state, save_latest=False)
+        with _FailuresOf(self._deepspeed.checkpoint_engine) as failures:
+            self._deepspeed.save_checkpoint(str(folder), tag=STATE_TAG, client_state=state, save_latest=False)
+        return failures.first
 
     def load(self, folder: Path) -> None:
         """Take up the state that `save` wrote in `folder`."""
@@ -137,12 +170,6 @@ class Engine:
         self.global_step = state["global_step"]
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
-        self._set_rate()
-
-    def _after_update(self) -> None:
-        self.global_step += 1
-        if self.ema is not None:
-            self.ema.update(self.student, step=self.global_step)
         self._set_rate()
 
     def _set_rate(self) -> None:
@@ -169,3 +196,33 @@ def _deepspeed_config(config: Config, *, autocast: bool) -> dict[str, Any]:
         "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
         "steps_per_print": 10**9,
     }
+
+
+class _FailuresOf:
+    """While open, failures to write are kept here instead of raised: DeepSpeed has barriers after the writing, at
+    which the other ranks would wait for the one that failed.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer, self.first = writer, None
+
+    first: Exception | None
+
+    def __enter__(self) -> "_FailuresOf":
+        for name in ("save", "makedirs"):
+            setattr(self._writer, name, self._keeping(getattr(self._writer, name)))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for name in ("save", "makedirs"):
+            delattr(self._writer, name)  # uncovers the class's own
+
+    def _keeping(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **keywords: Any) -> Any:
+            try:
+                return write(*arguments, **keywords)
+            except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+                self.first = self.first or error
+                return None
+
+        return wrapped

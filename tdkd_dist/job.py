@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from tdkd_dist.config import Config
+from tdkd_dist.heartbeat import Heartbeat
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -71,11 +72,14 @@ class Job:
             workers=self.config.data.workers or cores,
             teacher_weights=self.teacher_weights,
         )
-        return run(self.config, RunFolder(self.config.run.folder.absolute()), place, flags.agreed)
+        folder = RunFolder(self.config.run.folder.absolute())
+        timeout_s = 60 * self.config.launcher.hang_timeout_min
+        with Heartbeat(folder.heartbeat, rank=environment.rank, timeout_s=timeout_s) as heartbeat:
+            return run(self.config, folder, place, heartbeat, lambda: flags.stop)
 
 
 class _SignalFlags:
-    """Signals only set flags; the training loop asks `agreed` at step boundaries, so that all ranks save together.
+    """Signals only set flags; the training loop agrees on them at step boundaries, so that all ranks save together.
 
     USR2 is a preemption or the time limit near (submitit's signal): save and requeue. TERM and INT are the user's
     wish: save and stop.
@@ -91,12 +95,6 @@ class _SignalFlags:
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.stop = True
         self.preempted |= number == signal.SIGUSR2
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to end; every rank must call it."""
-        from tdkd_dist import distributed
-
-        return distributed.any_rank(self.stop)
 
     def requeue(self, environment: Any) -> None:
         """Let submitit requeue the job from rank 0; the scheduler then ends the others."""
@@ -121,7 +119,9 @@ def _export_environment(config: Config) -> Any:
     """Set RANK, WORLD_SIZE and the rest from submitit's environment, and keep model hubs offline."""
     import submitit
 
-    if config.launcher.nodes == 1:
+    if config.launcher.network_interface is not None:
+        os.environ["NCCL_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = config.launcher.network_interface
+    elif config.launcher.nodes == 1:
         # The host's own name need not resolve on a laptop.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     environment = submitit.helpers.TorchDistributedEnvironment()

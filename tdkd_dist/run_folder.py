@@ -9,6 +9,8 @@ checkpoints/              whole states, to resume from
 figures/                  accuracy against timestep
 student.safetensors       the last epoch's weights; student_best.safetensors the best's
 summary.json              the outcome; there once the run is finished
+heartbeat/                every rank's last sign of life
+skipped.jsonl             the samples of steps that were skipped because their loss was not finite
 submitit/, wandb/         each rank's own output; the W&B record
 """
 
@@ -16,6 +18,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +27,7 @@ from typing import Any
 from tdkd_dist.config import Config, flatten
 from tdkd_dist.recipe import read_config, save_config
 
-MAY_DIFFER = ("train.epochs", "train.max_steps", "launcher.", "run.")
+MAY_DIFFER = ("train.epochs", "train.max_steps", "train.save_", "train.keep_", "launcher.", "run.")
 """Keys that may change when a run is resumed: its length and where it runs (`run.` is checked on its own)."""
 PACKAGES = ("torch", "timm", "deepspeed", "ffcv", "submitit", "wandb", "numpy", "safetensors", "tdkd-dist")
 
@@ -64,6 +67,11 @@ class RunFolder:
     def jobs(self) -> Path:
         """submitit's pickles, and each rank's own output."""
         return self.path / "submitit"
+
+    @property
+    def heartbeat(self) -> Path:
+        """Every rank's last sign of life."""
+        return self.path / "heartbeat"
 
     @property
     def summary_file(self) -> Path:
@@ -129,6 +137,19 @@ class RunFolder:
             return None
         same_length = (summary["epochs"], summary["max_steps"]) == (config.train.epochs, config.train.max_steps)
         return summary if same_length else None
+
+
+def append_text(path: Path, text: str) -> bool:
+    """Append all of `text`, or nothing: on a full disk what was written of it is taken back, and False returned."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        return False
+    return True
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

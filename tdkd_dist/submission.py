@@ -46,8 +46,8 @@ def describe(config: Config, cluster: str) -> str:
     )
 
 
-def submit(config: Config, folder: RunFolder, cluster: str, teacher_weights: str | None) -> Any:
-    """Start the run's job with submitit and return submitit's handle."""
+def make_executor(config: Config, folder: RunFolder, cluster: str) -> Any:
+    """submitit's executor with all that `launcher` says."""
     import submitit
 
     launcher = config.launcher
@@ -63,15 +63,43 @@ def submit(config: Config, folder: RunFolder, cluster: str, teacher_weights: str
         parameters |= {
             "gpus_per_node": launcher.gpus_per_node or None,
             "cpus_per_task": launcher.cpus_per_task,
+            "mem_gb": launcher.mem_gb,
             "slurm_partition": launcher.partition,
             "slurm_account": launcher.account,
+            "slurm_qos": launcher.qos,
+            "slurm_constraint": launcher.constraint,
+            "slurm_setup": launcher.setup or None,
+            "slurm_srun_args": launcher.srun_args or None,
+            "slurm_additional_parameters": dict(launcher.sbatch) or None,
+            "slurm_signal_delay_s": launcher.signal_delay_s,
         }
         parameters = {key: value for key, value in parameters.items() if value is not None}
     else:
         parameters["gpus_per_node"] = launcher.gpus_per_node
     executor.update_parameters(**parameters)
-    with _ignoring(signal.SIGINT):
-        return executor.submit(Job(config, teacher_weights))
+    return executor
+
+
+def batch_script(config: Config, folder: RunFolder) -> str:
+    """The script that sbatch would be given."""
+    executor = make_executor(config, folder, "slurm")._executor
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, "ID")
+    return text
+
+
+def submit(config: Config, folder: RunFolder, cluster: str, teacher_weights: str | None) -> Any:
+    """Start the run's job with submitit and return submitit's handle.
+
+    Raises `ValueError` with Slurm's own message if it refuses the job.
+    """
+    from submitit.core.utils import FailedJobError
+
+    executor = make_executor(config, folder, cluster)
+    try:
+        with _ignoring(signal.SIGINT):
+            return executor.submit(Job(config, teacher_weights))
+    except FailedJobError as error:
+        raise ValueError(f"Slurm refused the job: {' '.join(str(error).split())}") from error
 
 
 def run_to_end(config: Config, folder: RunFolder, cluster: str, teacher_weights: str | None) -> int:

@@ -17,7 +17,7 @@ from tdkd_dist import distributed
 from tdkd_dist.config import Config, flatten
 from tdkd_dist.losses import LossTerms
 from tdkd_dist.metrics import ensemble_losses
-from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.run_folder import RunFolder, append_text
 
 PROGRESS_PREFIX = "  step "
 """How progress lines start; a follower on a terminal shows them as one line that changes."""
@@ -33,8 +33,7 @@ class Log:
     def say(self, text: str) -> None:
         """Append one or more lines."""
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(text.rstrip("\n") + "\n")
+            append_text(self._path, text.rstrip("\n") + "\n")
 
     def take_over_logging(self) -> None:
         """Make the package's own `logging` messages, from INFO on, lines of this log."""
@@ -104,14 +103,12 @@ class TrainMeter:
             self.flush(epoch, global_step, learning_rate)
 
     def flush(self, epoch: int, global_step: int, learning_rate: float) -> None:
-        """Write the row of the steps since the last; every rank must call it. `ValueError` if the loss diverged."""
+        """Write the row of the steps since the last; every rank must call it."""
         if self._sums is None:
             return
         seconds, world, n = time.monotonic() - self._row_started, distributed.world_size(), len(LossTerms._fields)
         sums = distributed.sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([self._waited_s])])).cpu()
         terms = dict(zip(LossTerms._fields, (sums[:n] / self._micro_batches / world).tolist(), strict=True))
-        if not math.isfinite(terms["total"]):
-            raise ValueError(f"the loss is {terms['total']} at step {global_step}: try a lower optim.lr or warm-up")
         row: dict[str, Any] = {"epoch": epoch, "global_step": global_step, "train/loss": terms.pop("total")}
         row |= {f"train/{name}": value for name, value in terms.items() if value or name in ("ce", "kl", "sd")}
         for t, (loss, correct, samples) in enumerate(sums[n:-1].view(3, -1).T.tolist(), start=1):
@@ -144,6 +141,8 @@ class Record:
         self._folder = folder
         self._active = distributed.rank() == 0
         self._wandb: Any = None
+        self._unwritten = ""
+        """Rows that a full disk would not take yet."""
         self.wandb_id = wandb_id
         if self._active:
             _drop_rows_after(folder.metrics_file, global_step)
@@ -153,8 +152,9 @@ class Record:
         """Append a row, which holds `epoch` and `global_step`, to the record and to W&B."""
         if not self._active:
             return
-        with self._folder.metrics_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        self._unwritten += json.dumps(row) + "\n"
+        if append_text(self._folder.metrics_file, self._unwritten):
+            self._unwritten = ""
         self._send(lambda run: run.log(row))
 
     def write_curve(self, top1: list[float]) -> None:

@@ -4,23 +4,28 @@ Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from tdkd_dist import checkpoint
 from tdkd_dist.checkpoint import Progress
 from tdkd_dist.config import Config
-from tdkd_dist.data.loaders import TrainLoader, ValLoader, make_train_loader, make_val_loader
+from tdkd_dist.data.loaders import Batch, TrainLoader, ValLoader, make_train_loader, make_val_loader
 from tdkd_dist.data.mixing import Mixer
 from tdkd_dist.data.normalise import Normalise
 from tdkd_dist.engine import Engine, use_bf16
 from tdkd_dist.figures import draw_accuracy_against_timestep
+from tdkd_dist.guard import StepGuard
+from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.losses import TemporalDistillationLoss
 from tdkd_dist.run_folder import RunFolder, write_json
 from tdkd_dist.students import create_student
@@ -53,6 +58,7 @@ class Run:
     folder: RunFolder
     place: Place
     log: Log
+    heartbeat: Heartbeat
     normalise: Normalise
     validation: ValLoader
 
@@ -66,7 +72,7 @@ class Run:
         """Metrics of `model` on the whole validation set, the same on every rank."""
         return validate(
             model,
-            self.validation,
+            self._batches(),
             self.normalise,
             num_timesteps=num_timesteps,
             device=self.place.device,
@@ -74,11 +80,17 @@ class Run:
             activity_images=-(-self.config.eval.activity_images // self.place.world_size),
         )
 
+    def _batches(self) -> Iterator[Batch]:
+        for k, batch in enumerate(self.validation):
+            self.heartbeat.beat("validating", k)
+            yield batch
+
     def validate_student(self, model: nn.Module) -> dict[str, float]:
         """The same of the student, as a row of the record; curves and layers go to `validation.json`."""
         found = self.validate(model, self.config.eval_timesteps)
         if self.place.rank == 0:
-            write_json(self.folder.validation_file, found)
+            with suppress(OSError):  # a full disk
+                write_json(self.folder.validation_file, found)
         return {f"val/{key}": value for key, value in found.items() if not isinstance(value, dict)}
 
     def finish(self, record: Record, progress: Progress, row: dict[str, float]) -> None:
@@ -105,11 +117,12 @@ class Run:
             )
 
 
-def run(config: Config, folder: RunFolder, place: Place, should_stop: Callable[[], bool]) -> bool:
+def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, should_stop: Callable[[], bool]) -> bool:
     """Carry the run in `folder` to its end, from its newest checkpoint if there is one.
 
-    `should_stop` is asked at every step boundary and must answer the same on all ranks. Returns False if it ended the
-    run early, with a checkpoint to go on from. Raises `ValueError` for a user's mistake that only the job can find.
+    `should_stop` is asked on every rank before each optimiser step; one that answers yes stops them all. Returns False
+    if that ended the run early, with a checkpoint to go on from. Raises `ValueError` for a user's mistake that only the
+    job can find.
     """
     log = Log(folder.log_file)
     log.take_over_logging()
@@ -122,7 +135,7 @@ def run(config: Config, folder: RunFolder, place: Place, should_stop: Callable[[
         workers=place.workers,
     )
     normalise = Normalise(config.data.mean, config.data.std).to(place.device)
-    parts = Run(config, folder, place, log, normalise, validation)
+    parts = Run(config, folder, place, log, heartbeat, normalise, validation)
     torch.manual_seed(config.run.seed)
     student = create_student(config.student)
     if config.student.checkpoint is not None:
@@ -157,8 +170,10 @@ class Trainer:
     mixer: Mixer
     record: Record
     progress: Progress
-    should_stop: Callable[[], bool]
+    guard: StepGuard
     resumed: bool
+    _is_best: bool = False
+    """Whether the state in hand is that of the best validation so far."""
 
     @classmethod
     def build(cls, parts: Run, student: nn.Module, should_stop: Callable[[], bool]) -> "Trainer":
@@ -209,7 +224,7 @@ class Trainer:
             mixer=mixer,
             record=record,
             progress=progress,
-            should_stop=should_stop,
+            guard=StepGuard(config.train, parts.folder.path / "skipped.jsonl", should_stop),
             resumed=restored is not None,
         )
 
@@ -246,11 +261,16 @@ class Trainer:
         engine.student.train()
         meter = TrainMeter(self.parts.log, self.record, config, self.loader.steps_per_epoch)
         batches = self.loader.epoch(progress.epoch, progress.step_in_epoch)
-        stop = False
-        while progress.step_in_epoch < self.loader.steps_per_epoch and not self._complete and not stop:
+        guard, heartbeat = self.guard, self.parts.heartbeat
+        guard.stop = False
+        while progress.step_in_epoch < self.loader.steps_per_epoch and not self._complete and not guard.stop:
             self._draw_timesteps()
+            engine.remember_buffers()
+            done = []
             for micro_batch in range(config.accumulation):
+                heartbeat.beat("waiting for data", progress.global_step)
                 images_BCHW, labels_B = meter.wait_for(batches)
+                heartbeat.beat("training", progress.global_step)
                 x_BCHW, labels = self.mixer(
                     self.parts.normalise(images_BCHW), labels_B, progress.global_step, micro_batch
                 )
@@ -259,16 +279,30 @@ class Trainer:
                 logits_TBK = as_timesteps(engine.forward(x_BCHW))
                 terms = self.loss(logits_TBK, teacher_logits_BK, labels)
                 engine.backward(terms.total)
-                meter.add(terms, logits_TBK, labels)
+                done.append((terms, logits_TBK.detach(), labels))
+            heartbeat.beat("agreeing", progress.global_step)
+            skip = guard.agree(
+                [terms.total.detach() for terms, _, _ in done],
+                progress.global_step,
+                partial(self.loader.samples, progress.epoch, progress.step_in_epoch),
+            )
+            engine.update(skip=skip)
+            if skip:
+                engine.recall_buffers()
+                self.parts.log.say(f"step {progress.global_step + 1} skipped: its loss is not finite")
+            else:
+                for parts in done:
+                    meter.add(*parts)
             progress.step_in_epoch += 1
             progress.global_step += 1
             meter.step(progress.epoch, progress.step_in_epoch, progress.global_step, engine.learning_rate)
-            stop = self.should_stop()
+            if guard.save and progress.step_in_epoch < self.loader.steps_per_epoch:
+                self._save()
         batches.close()
         meter.flush(progress.epoch, progress.global_step, engine.learning_rate)
         if progress.step_in_epoch == self.loader.steps_per_epoch:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-        return stop
+        return guard.stop
 
     def _draw_timesteps(self) -> None:
         """With `train.random_timesteps`, how many this optimiser step runs: a function of (seed, step)."""
@@ -300,6 +334,7 @@ class Trainer:
                 "teacher/top5": found["top5_t1"],
                 "teacher/cross_entropy": found["loss_t1"],
                 "teacher/confidence": found["confidence_t1"],
+                "teacher/ece": found["ece_t1"],
             }
         )
         if found["top1_t1"] < config.min_top1:
@@ -319,17 +354,28 @@ class Trainer:
         )
         if row["val/top1_mean"] > progress.best:
             progress.best = row["val/top1_mean"]
+            self._is_best = True
             self._save_student(parts.folder.best_student_file)
         return row
 
     def _save(self) -> None:
         folder, keep = self.parts.folder.checkpoints, self.parts.config.train.keep_checkpoints
-        checkpoint.save(folder, self.engine, self.progress, keep=keep)
+        self.parts.heartbeat.beat("saving", self.progress.global_step)
+        checkpoint.save(folder, self.engine, self.progress, keep=keep, best=self._is_best, say=self.parts.log.say)
+        self._is_best = False
+        self.guard.saved()
 
     def _save_student(self, path: Path) -> None:
-        config = self.parts.config
+        """On rank 0. A full disk is said, and costs the file."""
         if self.parts.place.rank != 0:
             return
+        try:
+            self._write_student(path)
+        except (OSError, SafetensorError) as error:
+            self.parts.log.say(f"{path} could not be written ({error})")
+
+    def _write_student(self, path: Path) -> None:
+        config = self.parts.config
         save_student(
             path,
             self.engine.deployed.state_dict(),

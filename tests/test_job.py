@@ -29,9 +29,9 @@ def test_signals_ask_for_a_stop_and_only_usr2_for_a_requeue():
     try:
         for number, preempted in ((signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGUSR2, True)):
             flags = _SignalFlags()
-            assert not flags.agreed()
+            assert not flags.stop
             os.kill(os.getpid(), number)
-            assert flags.agreed()
+            assert flags.stop
             assert flags.preempted == preempted
     finally:
         for number, handler in handlers.items():

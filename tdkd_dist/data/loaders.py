@@ -58,6 +58,7 @@ class TrainLoader:
         self.steps_per_epoch = num_samples // batch_size
         self._reader, self._batch_size, self._seed = reader, batch_size, seed
         self._rank, self._world_size = rank, world_size
+        self._share = batch_size // world_size
         self._jitter = jitter
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
@@ -65,19 +66,25 @@ class TrainLoader:
 
         Raises `ValueError` naming a sample that cannot be decoded, `RuntimeError` if the reader dies or stalls.
         """
-        order = rank_order(
+        order = self._order(epoch)[start_step * self._share :]
+        batches = self._reader.batches(order, epoch)
+        return batches if self._jitter is None else _jittered(batches, self._jitter, order, epoch)
+
+    def samples(self, epoch: int, step: int) -> Ints:
+        """The indices of the samples that this rank sees in a step of an epoch."""
+        return self._order(epoch)[step * self._share : (step + 1) * self._share]
+
+    def close(self) -> None:
+        """Free threads and processes."""
+        self._reader.close()
+
+    def _order(self, epoch: int) -> Ints:
+        return rank_order(
             epoch_order(self._seed, epoch, self.num_samples)[: self.steps_per_epoch * self._batch_size],
             batch_size=self._batch_size,
             rank=self._rank,
             world_size=self._world_size,
         )
-        order = order[start_step * self._batch_size // self._world_size :]
-        batches = self._reader.batches(order, epoch)
-        return batches if self._jitter is None else _jittered(batches, self._jitter, order, epoch)
-
-    def close(self) -> None:
-        """Free threads and processes."""
-        self._reader.close()
 
 
 class ValLoader:

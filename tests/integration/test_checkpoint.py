@@ -1,6 +1,7 @@
 """Checkpoints of a real engine: atomic, checked, the newest valid one restored."""
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,21 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from tdkd_dist import checkpoint
-from tdkd_dist.checkpoint import Progress, find_damage, list_checkpoints
+from tdkd_dist import checkpoint, distributed
+from tdkd_dist.checkpoint import Progress, best_checkpoint, find_damage, list_checkpoints
 from tdkd_dist.config import Config, LauncherConfig, StudentConfig
 from tdkd_dist.students import create_student
+
+CPU = torch.device("cpu")
+
+
+def small_config(world_size: int) -> Config:
+    config = Config(
+        student=StudentConfig(model="sew_resnet8", num_classes=3, num_timesteps=2, width=8),
+        launcher=LauncherConfig(tasks_per_node=world_size),
+    )
+    config.train.batch_size = 2 * world_size
+    return config
 
 
 def flip_a_byte(path: Path) -> None:
@@ -41,19 +53,17 @@ def draw() -> tuple[float, float, float]:
 def save_and_damage(rank: int, world_size: int, folder: Path) -> None:
     from tdkd_dist.engine import Engine
 
-    config = Config(
-        student=StudentConfig(model="sew_resnet8", num_classes=3, num_timesteps=2, width=8),
-        launcher=LauncherConfig(tasks_per_node=world_size),
-    )
-    config.train.batch_size = 2
-    engine = Engine(
-        create_student(config.student), config, device=torch.device("cpu"), steps_per_epoch=10, compiled=False
-    )
+    config = small_config(world_size)
+    engine = Engine(create_student(config.student), config, device=CPU, steps_per_epoch=10, compiled=False)
     said: list[str] = []
 
     def train_to(step: int) -> None:
         while engine.global_step < step:
             engine.backward(engine.forward(torch.randn(2, 3, 16, 16)).square().mean())
+            engine.update()
+
+    def save(progress: Progress, *, best: bool = False) -> bool:
+        return checkpoint.save(folder, engine, progress, keep=2, best=best, say=said.append)
 
     def weight() -> torch.Tensor:
         return torch.cat([p.detach().flatten() for p in engine.student.parameters()]).clone()
@@ -63,10 +73,11 @@ def save_and_damage(rank: int, world_size: int, folder: Path) -> None:
     for step in (1, 2, 3):
         train_to(step)
         weights[step] = weight()
-        path = checkpoint.save(folder, engine, Progress(epoch=1, global_step=step, wandb_id="abc"), keep=2)
+        assert save(Progress(epoch=1, global_step=step, wandb_id="abc"))
         draws[step] = draw()
-        assert find_damage(path) is None
+        assert find_damage(folder / f"step-{step:08d}") is None
     assert [p.name for p in list_checkpoints(folder)] == ["step-00000003", "step-00000002"]
+    assert (folder / "latest").read_text() == "step-00000003\n"
     assert not list(folder.glob("*.tmp"))
 
     train_to(5)
@@ -79,8 +90,8 @@ def save_and_damage(rank: int, world_size: int, folder: Path) -> None:
 
     for damage in (flip_a_byte, truncate, lose_a_file, lose_the_manifest):
         engine.global_step = 3
-        path = checkpoint.save(folder, engine, Progress(global_step=3), keep=2)
-        damage(path)
+        assert save(Progress(global_step=3))
+        damage(folder / "step-00000003")
         train_to(4)
         restored = checkpoint.restore(folder, engine, said.append)
         assert restored is not None
@@ -92,3 +103,51 @@ def save_and_damage(rank: int, world_size: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_newest_valid_checkpoint_is_restored(tmp_path):
     run_ranks(save_and_damage, 1, tmp_path)
+
+
+def keep_the_best(rank: int, world_size: int, folder: Path) -> None:
+    from tdkd_dist.engine import Engine
+
+    config = small_config(world_size)
+    engine = Engine(create_student(config.student), config, device=CPU, steps_per_epoch=10, compiled=False)
+    for step in range(1, 6):
+        assert checkpoint.save(folder, engine, Progress(global_step=step), keep=2, best=step in (1, 2), say=print)
+    assert [p.name for p in list_checkpoints(folder)] == [f"step-{step:08d}" for step in (5, 4, 2)]
+    assert best_checkpoint(folder) == folder / "step-00000002"
+
+
+@pytest.mark.slow
+def test_the_best_stays_beside_the_newest(tmp_path):
+    run_ranks(keep_the_best, 1, tmp_path)
+
+
+def fill_the_disk(rank: int, world_size: int, folder: Path) -> None:
+    """Two ranks; rank 0's disk fills up during a save, and has room again for the next."""
+    from tdkd_dist.engine import Engine
+
+    config = small_config(world_size)
+    engine = Engine(create_student(config.student), config, device=CPU, steps_per_epoch=10, compiled=False)
+    said: list[str] = []
+
+    def save(step: int) -> bool:
+        return checkpoint.save(folder, engine, Progress(global_step=step), keep=2, best=False, say=said.append)
+
+    assert save(1)
+    ballast = folder / "ballast"
+    if rank == 0:
+        room = shutil.disk_usage(folder).free - 100_000
+        ballast.write_bytes(b"x" * room)
+    assert not save(2)
+    assert [p.name for p in folder.glob("step-*")] == ["step-00000001"]
+    assert "the checkpoint at step 2 could not be written (" in said[0]
+    assert len(said) == 1
+    distributed.barrier()
+    if rank == 0:
+        ballast.unlink()
+    assert save(3)
+    assert checkpoint.restore(folder, engine, said.append) == Progress(global_step=3)
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_one_checkpoint_and_nothing_else(small_disk):
+    run_ranks(fill_the_disk, 2, small_disk)

@@ -59,6 +59,7 @@ def train_with_engine(rank: int, world_size: int, **train: object) -> dict[str, 
     for step in range(STEPS):
         for micro in range(rank * share, (rank + 1) * share):
             engine.backward(loss(engine.forward(images[step, micro]), None, labels[step, micro]).total)
+        engine.update()
     assert engine.global_step == STEPS
     return snapshot(engine.student)
 
@@ -124,12 +125,13 @@ def state_after(rank: int, world_size: int, folder: Path) -> None:
     def steps(engine: Engine, start: int, stop: int) -> None:
         for step in range(start, stop):
             engine.backward(loss(engine.forward(images[step, rank]), None, labels[step, rank]).total)
+            engine.update()
 
     whole = new_engine()
     steps(whole, 0, 3)
     first = new_engine()
     steps(first, 0, 1)
-    first.save(folder / "checkpoint")
+    assert first.save(folder / "checkpoint") is None
     resumed = new_engine()
     resumed.load(folder / "checkpoint")
     steps(resumed, 1, 3)
@@ -150,6 +152,39 @@ def state_after(rank: int, world_size: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
     run_ranks(state_after, 2, tmp_path)
+
+
+def skip_a_bad_step(rank: int, world_size: int, stage: int) -> None:
+    """One rank's NaN in step 1 is skipped on both: all ends as if that step's batch had never been seen."""
+    from tdkd_dist.engine import Engine
+
+    config = make_config(world_size, zero_stage=stage, ema_decay=0.9 if stage == 0 else 0.0)
+    images, labels = make_batches()
+    loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
+    ends = []
+    for with_bad_step in (False, True):
+        engine = Engine(make_student(), config, device=torch.device("cpu"), steps_per_epoch=100, compiled=False)
+        for step in range(STEPS):
+            if with_bad_step and step == 1:
+                engine.remember_buffers()
+                x = images[step, rank] * (float("nan") if rank == 1 else 1)
+                engine.backward(loss(engine.forward(x), None, labels[step, rank]).total)
+                engine.update(skip=True)
+                engine.recall_buffers()
+            engine.backward(loss(engine.forward(images[step, rank]), None, labels[step, rank]).total)
+            engine.update()
+        assert engine.global_step == STEPS + with_bad_step
+        ends.append({**engine.student.state_dict(), **{f"ema.{k}": v for k, v in engine.deployed.state_dict().items()}})
+    for name, value in ends[0].items():
+        if not name.startswith("ema.") or stage:  # the average counts steps in its warm-up
+            assert torch.equal(value, ends[1][name]), name
+        assert torch.isfinite(ends[1][name]).all(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_with_a_nan_on_one_rank_leaves_no_trace(stage):
+    run_ranks(skip_a_bad_step, 2, stage)
 
 
 def test_weight_decay_skips_norms_and_biases():

@@ -120,6 +120,7 @@ def test_sync_bn_and_the_engine_in_channels_last():
     assert logits.shape == (4, 4, 1000)
     labels = torch.tensor([1, 2, 3, 4], device="cuda")
     engine.backward(TemporalDistillationLoss(0.0, 0.5, 1.0)(logits, None, labels).total)
+    engine.update()
     assert not torch.equal(weights[0], before)
     norms = [m for m in student.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
     assert norms

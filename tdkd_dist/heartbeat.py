@@ -1,0 +1,115 @@
+"""Signs of life of every rank, and an end for a job in which one of them hangs.
+
+Each rank writes `heartbeat/rank-00000.json` in the run folder every few seconds: what it is doing, at which step, on
+which host. A rank whose training loop has not moved for `launcher.hang_timeout_min` ends its process; the scheduler or
+the launcher then ends the others, and what each rank did last tells which one the others were waiting for.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+WRITE_EVERY_S = 5.0
+EXIT_STATUS = 75
+PHASES = ("waiting for data", "training", "agreeing", "validating", "saving")
+"""What a rank does within a step, in order."""
+
+
+@dataclass
+class Sign:
+    """What a rank was last seen doing."""
+
+    rank: int
+    host: str
+    pid: int
+    phase: str
+    step: int
+    moved: float
+    """When it last moved, seconds since the epoch."""
+    hung: bool = False
+
+
+class Heartbeat:
+    """This rank's signs of life, written by a thread of its own. Use it as a context manager."""
+
+    def __init__(self, folder: Path, *, rank: int, timeout_s: float) -> None:
+        self._path = folder / f"rank-{rank:05d}.json"
+        self._timeout_s = timeout_s
+        self._sign = Sign(rank, socket.gethostname(), os.getpid(), "starting", 0, time.time())
+        self._moved = time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
+
+    def __enter__(self) -> "Heartbeat":
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._end.set()
+        self._thread.join()
+        self._write()
+
+    def beat(self, phase: str, step: int) -> None:
+        """Say that this rank goes on, and with what."""
+        self._sign.phase, self._sign.step = phase, step
+        self._sign.moved, self._moved = time.time(), time.monotonic()
+
+    def _watch(self) -> None:
+        written = time.monotonic()
+        while not self._end.wait(min(1.0, self._timeout_s / 4)):
+            now = time.monotonic()
+            if now - self._moved > self._timeout_s:
+                self._give_up()
+            if now - written >= WRITE_EVERY_S:
+                self._write()
+                written = now
+
+    def _give_up(self) -> None:
+        self._sign.hung = True
+        self._write()
+        print(
+            f"rank {self._sign.rank} on {self._sign.host} has not moved for {self._timeout_s:.0f} s"
+            f" ({self._sign.phase}, step {self._sign.step}): ending it",
+            file=sys.stderr,
+            flush=True,
+        )
+        # Nothing gentler ends a process whose main thread hangs in a collective.
+        os._exit(EXIT_STATUS)
+
+    def _write(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(asdict(self._sign)))
+            temporary.replace(self._path)
+        except OSError:
+            return  # a full disk must not end the run; the next sign may get through
+
+
+def read_signs(folder: Path) -> list[Sign]:
+    """The last sign of every rank, in order; half-written ones are left out."""
+    signs = []
+    for path in sorted(folder.glob("rank-*.json")):
+        try:
+            signs.append(Sign(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError):
+            continue
+    return signs
+
+
+def find_laggard(signs: list[Sign]) -> Sign | None:
+    """The rank that the others were waiting for: the least far, if any rank gave up."""
+    if not any(sign.hung for sign in signs):
+        return None
+
+    def progress(sign: Sign) -> tuple[int, int]:
+        return sign.step, PHASES.index(sign.phase) if sign.phase in PHASES else -1
+
+    return min(signs, key=progress)
