@@ -5,6 +5,10 @@
     python launch/submit.py recipe=imagenet_sew34 data.train=A.beton data.val=B.beton
     python launch/submit.py recipe=fashion_sew sweep.run.seed=[0,1,2] sweep.loss.beta=[0,0.5]    every combination
 
+    python launch/submit.py status RUN...                   where it is: state, step, speed, accuracy, restarts
+    python launch/submit.py logs RUN                        its log, followed while it runs
+    python launch/submit.py cancel RUN...                   save a checkpoint and stop
+
 The run lives in runs/NAME. The same command again resumes it; Ctrl-C stops it cleanly, at a step boundary.
 Exit status: 0 finished, 1 crashed, 2 a mistake in the command, recipe or data, 130 stopped.
 """
@@ -15,7 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tdkd_dist.config import Config
 
-USAGE = "usage: python launch/submit.py recipe=NAME [key=value ...] [--dry-run] | --list | --help"
+USAGE = """usage: python launch/submit.py recipe=NAME [key=value ...] [--dry-run]
+       python launch/submit.py status|logs|cancel RUN | --list | --help"""
 
 
 def main(arguments: list[str]) -> int:
@@ -24,6 +29,8 @@ def main(arguments: list[str]) -> int:
         print(__doc__.strip())
         return 0
     try:
+        if arguments[:1] and arguments[0] in ("status", "logs", "cancel") and len(arguments) > 1:
+            return manage(arguments[0], arguments[1:])
         if arguments == ["--list"]:
             return list_recipes()
         return submit(arguments)
@@ -106,6 +113,7 @@ def run(config: "Config") -> int:
         if finished:
             print(f"{folder.path} is finished\n{finished['table']}\nfigure: {finished['figure']}")
             return 0
+    submission.refuse_if_alive(folder)
     findings = preflight.check(config, cluster=cluster)
     folder.create(config)
     print(f"{folder.path}: {submission.describe(config, cluster)}", flush=True)
@@ -113,24 +121,64 @@ def run(config: "Config") -> int:
 
 
 def run_sweep(configs: "list[Config]") -> int:
-    """One run after the other, going on where the sweep stopped; a member's failure leaves the others to run."""
-    from tdkd_dist import preflight, submission
+    """The members that are not finished: here one after the other, on Slurm as one job array."""
+    from tdkd_dist import follow, preflight, submission
 
-    for config in configs:
-        preflight.check(config, cluster=submission.find_cluster(config))
-    states = {submission.FINISHED: "finished", submission.USERS_MISTAKE: "refused", submission.CRASHED: "crashed"}
-    outcomes: dict[str, int] = {}
-    for k, config in enumerate(configs, start=1):
-        print(f"\n[{k}/{len(configs)}] {config.run.name}", flush=True)
-        status = run(config)
-        if status == submission.STOPPED:
-            print("the sweep is stopped; the same command goes on from here")
-            return status
-        outcomes[config.run.name] = status
+    cluster = submission.find_cluster(configs[0])
+    weights = [preflight.check(config, cluster=cluster).teacher_weights for config in configs]
+    if cluster == "slurm":
+        outcomes = run_array(configs, weights)
+    else:
+        outcomes = {}
+        for k, config in enumerate(configs, start=1):
+            print(f"\n[{k}/{len(configs)}] {config.run.name}", flush=True)
+            outcomes[config.run.name] = run(config)
+            if outcomes[config.run.name] == follow.STOPPED:
+                print("the sweep is stopped; the same command goes on from here")
+                return follow.STOPPED
+    states = {follow.FINISHED: "finished", follow.USERS_MISTAKE: "refused", follow.CRASHED: "crashed"}
     print("\nthe sweep:")
     for name, status in outcomes.items():
-        print(f"  {name}: {states[status]}")
+        print(f"  {name}: {states.get(status, 'stopped')}")
     return max(outcomes.values())
+
+
+def run_array(configs: "list[Config]", weights: list[str | None]) -> dict[str, int]:
+    """A sweep on Slurm, followed member by member; each one's exit status."""
+    from tdkd_dist import submission
+    from tdkd_dist.follow import FINISHED, Follower
+    from tdkd_dist.run_folder import RunFolder
+
+    outcomes = {config.run.name: FINISHED for config in configs}
+    folders = [RunFolder(config.run.folder) for config in configs]
+    left = [k for k, config in enumerate(configs) if folders[k].read_summary(config) is None]
+    for k in left:
+        submission.refuse_if_alive(folders[k])
+        folders[k].create(configs[k])
+    home = folders[0].path.parent / "sweep"
+    jobs = submission.submit_array([configs[k] for k in left], [weights[k] for k in left], home) if left else []
+    print(f"{len(left)} of {len(configs)} runs submitted as one job array", flush=True)
+    followers = [Follower(job, folders[k], "slurm") for k, job in zip(left, jobs, strict=True)]
+    for k, follower in zip(left, followers, strict=True):
+        print(f"\n{configs[k].run.name}", flush=True)
+        outcomes[configs[k].run.name] = follower.follow()
+    return outcomes
+
+
+def manage(action: str, runs: list[str]) -> int:
+    """status, logs or cancel, for each run."""
+    from tdkd_dist import status
+    from tdkd_dist.follow import show_log
+
+    for path in runs:
+        folder = status.open_run(path)
+        if action == "status":
+            print(status.describe_run(folder))
+        elif action == "cancel":
+            print(status.cancel(folder))
+        else:
+            show_log(folder)
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ checkpoints/              whole states, to resume from
 figures/                  accuracy against timestep
 student.safetensors       the last epoch's weights; student_best.safetensors the best's
 summary.json              the outcome; there once the run is finished
+job.json                  the job that was last submitted
 heartbeat/                every rank's last sign of life
 skipped.jsonl             the samples of steps that were skipped because their loss was not finite
 submitit/, wandb/         each rank's own output; the W&B record
@@ -67,6 +68,19 @@ class RunFolder:
     def jobs(self) -> Path:
         """submitit's pickles, and each rank's own output."""
         return self.path / "submitit"
+
+    def write_job(self, cluster: str, job_id: str, restarts: Path) -> None:
+        """Record the job submitted for this run, and the folder in which its restarts are counted."""
+        content = {"cluster": cluster, "job_id": job_id, "host": platform.node(), "restarts": str(restarts)}
+        write_json(self.path / "job.json", content)
+
+    def read_job(self) -> dict[str, str] | None:
+        """What `write_job` recorded; None if there was no job, or it is another machine's process."""
+        try:
+            job: dict[str, str] = json.loads((self.path / "job.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return job if job["cluster"] == "slurm" or job["host"] == platform.node() else None
 
     @property
     def heartbeat(self) -> Path:

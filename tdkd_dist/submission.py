@@ -1,9 +1,7 @@
 """From a checked configuration to a job on this machine or on Slurm, followed to its end."""
 
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,15 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tdkd_dist import scheduler
 from tdkd_dist.config import Config
-from tdkd_dist.job import Job, Outcome
+from tdkd_dist.follow import CRASHED, Follower
+from tdkd_dist.job import PACKAGE, Job
 from tdkd_dist.run_folder import RunFolder
-from tdkd_dist.tracking import PROGRESS_PREFIX
-
-FINISHED, CRASHED, USERS_MISTAKE, STOPPED = 0, 1, 2, 130
-POLL_S = 0.5
-GRACE_S = 30.0
-"""How long ranks may go on after one of them has ended in error."""
 
 
 def find_cluster(config: Config) -> str:
@@ -27,7 +21,7 @@ def find_cluster(config: Config) -> str:
 
     Raises `ValueError` if Slurm is asked for and isn't there.
     """
-    answers = _sbatch_answers()
+    answers = scheduler.sbatch_answers()
     if config.launcher.cluster == "slurm" and not answers:
         raise ValueError("launcher.cluster=slurm: sbatch does not answer here; launcher.cluster=local runs here")
     if config.launcher.cluster == "auto":
@@ -46,8 +40,8 @@ def describe(config: Config, cluster: str) -> str:
     )
 
 
-def make_executor(config: Config, folder: RunFolder, cluster: str) -> Any:
-    """submitit's executor with all that `launcher` says."""
+def make_executor(config: Config, folder: RunFolder, cluster: str, code: Path | None = None) -> Any:
+    """submitit's executor with all that `launcher` says; Slurm's jobs run `code`, or else a snapshot taken now."""
     import submitit
 
     launcher = config.launcher
@@ -60,6 +54,7 @@ def make_executor(config: Config, folder: RunFolder, cluster: str) -> Any:
         "stderr_to_stdout": True,
     }
     if cluster == "slurm":
+        code = code or _snapshot(folder)
         parameters |= {
             "gpus_per_node": launcher.gpus_per_node or None,
             "cpus_per_task": launcher.cpus_per_task,
@@ -68,8 +63,10 @@ def make_executor(config: Config, folder: RunFolder, cluster: str) -> Any:
             "slurm_account": launcher.account,
             "slurm_qos": launcher.qos,
             "slurm_constraint": launcher.constraint,
-            "slurm_setup": launcher.setup or None,
-            "slurm_srun_args": launcher.srun_args or None,
+            "slurm_setup": [f'export PYTHONPATH="{code}:$PYTHONPATH" PYTHONSAFEPATH=1', *launcher.setup],
+            "slurm_teardown": _requeue_on_crash(folder, launcher.max_restarts),
+            # One dead rank ends the others, which would wait for it.
+            "slurm_srun_args": ["--kill-on-bad-exit=1", *launcher.srun_args],
             "slurm_additional_parameters": dict(launcher.sbatch) or None,
             "slurm_signal_delay_s": launcher.signal_delay_s,
         }
@@ -82,7 +79,7 @@ def make_executor(config: Config, folder: RunFolder, cluster: str) -> Any:
 
 def batch_script(config: Config, folder: RunFolder) -> str:
     """The script that sbatch would be given."""
-    executor = make_executor(config, folder, "slurm")._executor
+    executor = make_executor(config, folder, "slurm", folder.jobs.absolute() / "code")._executor
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "ID")
     return text
 
@@ -92,173 +89,91 @@ def submit(config: Config, folder: RunFolder, cluster: str, teacher_weights: str
 
     Raises `ValueError` with Slurm's own message if it refuses the job.
     """
-    from submitit.core.utils import FailedJobError
+    job = _submitted(make_executor(config, folder, cluster), [Job(config, teacher_weights)])[0]
+    folder.write_job(cluster, str(job.job_id), _restarts(folder))
+    return job
 
-    executor = make_executor(config, folder, cluster)
-    try:
-        with _ignoring(signal.SIGINT):
-            return executor.submit(Job(config, teacher_weights))
-    except FailedJobError as error:
-        raise ValueError(f"Slurm refused the job: {' '.join(str(error).split())}") from error
+
+def submit_array(configs: list[Config], weights: list[str | None], home: Path) -> list[Any]:
+    """Start a sweep on Slurm as one job array, in one call of sbatch; the members' handles.
+
+    `home` holds submitit's files of all members. Raises `ValueError` if the members differ in `launcher`, or with
+    Slurm's own message.
+    """
+    for config in configs[1:]:
+        if config.launcher != configs[0].launcher:
+            raise ValueError("a sweep on Slurm is one job array: sweep.launcher is not possible")
+    shared = RunFolder(home)
+    members = [Job(config, own) for config, own in zip(configs, weights, strict=True)]
+    jobs = _submitted(make_executor(configs[0], shared, "slurm"), members)
+    for config, job in zip(configs, jobs, strict=True):
+        RunFolder(config.run.folder).write_job("slurm", str(job.job_id), _restarts(shared))
+    return jobs
+
+
+def refuse_if_alive(folder: RunFolder) -> None:
+    """Raise `ValueError` if a job of this run is still waiting or running: two would spoil each other's files."""
+    job = folder.read_job()
+    if job is not None and scheduler.state_of(job["cluster"], job["job_id"]) != "gone":
+        raise ValueError(
+            f"{folder.path}: its job {job['job_id']} is still there; python launch/submit.py logs {folder.path} follows"
+            f" it, python launch/submit.py cancel {folder.path} stops it"
+        )
 
 
 def run_to_end(config: Config, folder: RunFolder, cluster: str, teacher_weights: str | None) -> int:
     """Submit, follow the log until the end, and return the exit status.
 
-    Ctrl-C or TERM stops the job at its next step boundary, with a checkpoint; a second one kills it. On this machine
-    a job that crashed is started again up to `launcher.max_restarts` times.
+    Ctrl-C or TERM stops the job at its next step boundary, with a checkpoint; a second one kills it. A job that crashed
+    is started again up to `launcher.max_restarts` times: here by us, on Slurm by its own batch script.
     """
     restarts = 0
     while True:
-        job = submit(config, folder, cluster, teacher_weights)
-        status = _Follower(job, folder, cluster).follow()
+        status = Follower(submit(config, folder, cluster, teacher_weights), folder, cluster).follow()
         if status != CRASHED or cluster == "slurm" or restarts >= config.launcher.max_restarts:
             return status
         restarts += 1
         print(f"starting again ({restarts} of {config.launcher.max_restarts} restarts)", file=sys.stderr)
 
 
-class _Follower:
-    """Shows a job's log as it grows and turns the ranks' outcomes into an exit status."""
+def _submitted(executor: Any, jobs: list[Job]) -> list[Any]:
+    from submitit.core.utils import FailedJobError
 
-    def __init__(self, job: Any, folder: RunFolder, cluster: str) -> None:
-        self._job, self._folder, self._cluster = job, folder, cluster
-        self._tasks = [job.task(k) for k in range(job.num_tasks)]
-        self._log = _LogTail(folder.log_file)
-        self._interrupts = 0
-
-    def follow(self) -> int:
-        with _calling(self._interrupt, signal.SIGINT, signal.SIGTERM):
-            error_since: float | None = None
-            while not self._job.done():
-                self._log.show()
-                if error_since is None and any(self._ended_badly(task) for task in self._tasks):
-                    error_since = time.monotonic()
-                if error_since is not None and time.monotonic() - error_since > GRACE_S:
-                    self._kill()
-                time.sleep(POLL_S)
-            self._log.show()
-            self._log.end()
-            return self._status()
-
-    def _status(self) -> int:
-        outcomes = [self._outcome(task) for task in self._tasks]
-        refused = [o.message for o in outcomes if isinstance(o, Outcome) and o.state == "refused"]
-        if refused:
-            print(f"error: {refused[0]}", file=sys.stderr)
-            return USERS_MISTAKE
-        crashed = [(k, o) for k, o in enumerate(outcomes) if not isinstance(o, Outcome)]
-        if crashed:
-            return self._report_crash(*crashed[0])
-        return STOPPED if any(isinstance(o, Outcome) and o.state == "stopped" for o in outcomes) else FINISHED
-
-    def _report_crash(self, rank: int, reason: str) -> int:
-        print(f"error: rank {rank} crashed: {reason}", file=sys.stderr)
-        print(f"its output: {self._tasks[rank].paths.stdout}", file=sys.stderr)
-        return STOPPED if self._interrupts else CRASHED
-
-    def _outcome(self, task: Any) -> Outcome | str:
-        """The rank's outcome, or the last line of what it died of."""
-        if not task.paths.result_pickle.exists():
-            time.sleep(POLL_S)
-        if not task.paths.result_pickle.exists():
-            return "killed, or ended without a result"
-        error = task.exception()
-        if error is None:
-            outcome: Outcome = task.result()
-            return outcome
-        lines = [line for line in str(error).splitlines() if line and not line.startswith(" ")]
-        errors = [line for line in lines if "Error" in line or "Exception" in line]
-        return (errors or lines or ["unknown"])[-1]
-
-    def _ended_badly(self, task: Any) -> bool:
-        if not task.paths.result_pickle.exists():
-            return False
-        outcome = self._outcome(task)
-        return not isinstance(outcome, Outcome) or outcome.state == "refused"
-
-    def _interrupt(self) -> None:
-        self._interrupts += 1
-        if self._interrupts > 1:
-            print("killing the job", file=sys.stderr)
-            self._kill()
-            return
-        print("stopping the job at its next step; again to kill it", file=sys.stderr)
-        if self._cluster == "slurm":
-            subprocess.run(["scancel", "--signal=TERM", str(self._job.job_id)], check=False)
-        else:
-            # submitit's controller passes TERM on to every rank.
-            _send(int(self._job.job_id), signal.SIGTERM)
-
-    def _kill(self) -> None:
-        if self._cluster == "slurm":
-            subprocess.run(["scancel", str(self._job.job_id)], check=False)
-            return
-        import psutil
-
-        try:
-            ranks = psutil.Process(int(self._job.job_id)).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return
-        for rank in ranks:
-            _send(rank.pid, signal.SIGKILL)
-
-
-class _LogTail:
-    """Prints what is appended to a log; on a terminal, progress lines replace each other."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-        self._on_progress = False
-
-    def show(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open(encoding="utf-8") as stream:
-            stream.seek(self._offset)
-            text = stream.read()
-        text = text[: text.rfind("\n") + 1]
-        self._offset += len(text.encode())
-        for line in text.splitlines():
-            self._print(line)
-
-    def end(self) -> None:
-        if self._on_progress:
-            print(flush=True)
-            self._on_progress = False
-
-    def _print(self, line: str) -> None:
-        progress = line.startswith(PROGRESS_PREFIX) and sys.stdout.isatty()
-        start = "\r\x1b[K" if self._on_progress else ""
-        if progress:
-            line = (_bar(line) + line)[: shutil.get_terminal_size().columns - 1]
-        print(start + line, end="" if progress else "\n", flush=True)
-        self._on_progress = progress
-
-
-def _bar(line: str, width: int = 20) -> str:
-    """A bar for the `done/total` that a progress line starts with."""
-    done, total = line.removeprefix(PROGRESS_PREFIX).split(" ")[0].split("/")
-    full = width * int(done) // int(total)
-    return f"[{'#' * full}{'.' * (width - full)}]"
-
-
-def _sbatch_answers() -> bool:
-    if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        return False
     try:
-        # The controller must answer, not only the program be there.
-        return subprocess.run(["scontrol", "ping"], capture_output=True, timeout=10, check=False).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
+        with _ignoring(signal.SIGINT):
+            if len(jobs) == 1:
+                return [executor.submit(jobs[0])]
+            with executor.batch():
+                return [executor.submit(job) for job in jobs]
+    except FailedJobError as error:
+        raise ValueError(f"Slurm refused the job: {' '.join(str(error).split())}") from error
 
 
-def _send(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
+def _snapshot(folder: RunFolder) -> Path:
+    """A copy of the package, so that edits after submission do not reach a job that still waits."""
+    code = folder.jobs / f"code-{time.strftime('%Y%m%d-%H%M%S')}"
+    shutil.copytree(PACKAGE, code / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    return code.absolute()
+
+
+def _restarts(folder: RunFolder) -> Path:
+    """Where the batch scripts count their restarts, a file a job."""
+    return folder.jobs.absolute() / "restarts"
+
+
+def _requeue_on_crash(folder: RunFolder, max_restarts: int) -> list[str]:
+    """Lines for the end of the batch script: nobody else requeues a job that crashed."""
+    return [
+        "status=$?",
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}",
+        "job=${job:-$SLURM_JOB_ID}",
+        f'count="{_restarts(folder)}/$job"',
+        f'if [ $status -ne 0 ] && [ "$(cat "$count" 2>/dev/null || echo 0)" -lt {max_restarts} ]; then',
+        '    mkdir -p "$(dirname "$count")" && echo $(($(cat "$count" 2>/dev/null || echo 0) + 1)) >"$count"',
+        '    scontrol requeue "$job" && sleep 60',
+        "fi",
+        "exit $status",
+    ]
 
 
 @contextmanager
@@ -269,13 +184,3 @@ def _ignoring(number: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, previous)
-
-
-@contextmanager
-def _calling(action: Any, *numbers: signal.Signals) -> Iterator[None]:
-    previous = {number: signal.signal(number, lambda *_: action()) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -6,8 +6,8 @@ import signal
 import torch
 
 from tdkd_dist.config import Config, LossConfig
+from tdkd_dist.follow import LogTail, _bar
 from tdkd_dist.job import Job, _SignalFlags, cores_per_rank, is_users_mistake
-from tdkd_dist.submission import _bar, _LogTail
 from tdkd_dist.tracking import PROGRESS_PREFIX
 
 
@@ -52,7 +52,7 @@ def test_every_rank_has_a_core():
 def test_a_followed_log_shows_whole_new_lines_once(tmp_path, capsys):
     log = tmp_path / "log.txt"
     log.write_text("from before\n")
-    tail = _LogTail(log)
+    tail = LogTail(log)
     with log.open("a") as stream:
         stream.write("first · line\nhalf")
     tail.show()
@@ -67,7 +67,7 @@ def test_a_followed_log_shows_whole_new_lines_once(tmp_path, capsys):
 def test_on_a_terminal_progress_is_one_line_with_a_bar(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     log = tmp_path / "log.txt"
-    tail = _LogTail(log)
+    tail = LogTail(log)
     log.write_text(f"{PROGRESS_PREFIX}5/10 of epoch 1/2\n{PROGRESS_PREFIX}10/10 of epoch 1/2\nepoch 1/2 done\n")
     tail.show()
     shown = capsys.readouterr().out

@@ -1,0 +1,81 @@
+"""Where a submitted job stands, on Slurm or on this machine, and how to end it."""
+
+import os
+import shutil
+import signal
+import subprocess
+from typing import Any, Literal
+
+State = Literal["pending", "running", "gone"]
+
+
+def sbatch_answers() -> bool:
+    """Whether Slurm can take a job: its programs are here and its controller answers."""
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        return False
+    try:
+        return subprocess.run(["scontrol", "ping"], capture_output=True, timeout=10, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def state_of(cluster: str, job_id: str) -> State:
+    """Where a job stands; a requeued one is pending. A controller that doesn't answer leaves it running."""
+    if cluster != "slurm":
+        return "gone" if _controller(job_id) is None else "running"
+    try:
+        done = subprocess.run(
+            ["squeue", "-h", "-j", job_id, "-o", "%T"], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "running"
+    if done.returncode != 0:
+        return "gone" if "Invalid job id" in done.stderr else "running"
+    states = done.stdout.split()
+    if not states:
+        return "gone"
+    return "pending" if all(s in ("PENDING", "REQUEUED", "SPECIAL_EXIT") for s in states) else "running"
+
+
+def ask_to_stop(cluster: str, job_id: str) -> None:
+    """Let the job save a checkpoint and end; a job that only waits is taken out of the queue."""
+    if cluster == "slurm":
+        subprocess.run(["scancel", "--state=PENDING", job_id], check=False)
+        subprocess.run(["scancel", "--signal=TERM", "--state=RUNNING", job_id], check=False)
+    else:
+        # submitit's controller passes TERM on to every rank.
+        _send(int(job_id), signal.SIGTERM)
+
+
+def kill(cluster: str, job_id: str) -> None:
+    """End the job at once."""
+    if cluster == "slurm":
+        subprocess.run(["scancel", job_id], check=False)
+    else:
+        for pid in _local_ranks(job_id):
+            _send(pid, signal.SIGKILL)
+
+
+def _controller(job_id: str) -> Any:
+    """submitit's process for a job on this machine; None once it has ended."""
+    import psutil
+
+    try:
+        controller = psutil.Process(int(job_id))
+        # The number may be another process's by now.
+        alive = controller.status() != psutil.STATUS_ZOMBIE and "submitit" in " ".join(controller.cmdline())
+        return controller if alive else None
+    except (psutil.Error, ValueError):
+        return None
+
+
+def _local_ranks(job_id: str) -> list[int]:
+    controller = _controller(job_id)
+    return [] if controller is None else [rank.pid for rank in controller.children(recursive=True)]
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

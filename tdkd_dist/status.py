@@ -1,0 +1,98 @@
+"""Where a run is, in a few lines, read from its folder and from the scheduler."""
+
+import time
+from pathlib import Path
+
+from tdkd_dist import scheduler
+from tdkd_dist.config import Config, require
+from tdkd_dist.heartbeat import find_laggard, read_signs
+from tdkd_dist.recipe import read_config
+from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.tracking import PROGRESS_PREFIX, format_seconds, read_rows
+
+
+def open_run(path: str) -> RunFolder:
+    """The run in a folder, or `runs/` with a run's name. Raises `ValueError` if there is none."""
+    for folder in (RunFolder(Path(path)), RunFolder(Path("runs") / path)):
+        if folder.config_file.is_file():
+            return folder
+    raise ValueError(f"{path}: no run is here (no config.yaml)")
+
+
+def describe_run(folder: RunFolder) -> str:
+    """State, place in the training, speed, time left, accuracy after every timestep, restarts."""
+    config = read_config(folder.config_file)
+    rows = read_rows(folder.metrics_file)
+    job = folder.read_job()
+    lines = [f"{folder.path}: {_state(folder, config)}"]
+    trained = [row for row in rows if "train/images_per_s" in row]
+    if trained:
+        last = trained[-1]
+        of = f" of {config.train.max_steps}" if config.train.max_steps else ""
+        lines.append(
+            f"epoch {last['epoch'] + 1}/{config.train.epochs}, step {last['global_step']}{of},"
+            f" {last['train/images_per_s']:.0f} images/s, loss {last['train/loss']:.4f}"
+        )
+    progress = _last_progress(folder)
+    if progress and not lines[0].endswith("finished"):
+        lines.append(progress)
+    validated = [row for row in rows if "val/top1_t1" in row]
+    if validated:
+        row = validated[-1]
+        curve = " ".join(f"{row[f'val/top1_t{t}']:.2f}" for t in range(1, config.eval_timesteps + 1))
+        lines.append(f"top-1 after each timestep, epoch {row['epoch']}: {curve} %")
+    restarts = count_restarts(job) if job is not None else 0
+    if restarts:
+        lines.append(f"restarts after a crash: {restarts} of {config.launcher.max_restarts}")
+    return "\n".join(lines)
+
+
+def count_restarts(job: dict[str, str]) -> int:
+    """How often the job's batch script has requeued it after a crash."""
+    try:
+        return int((Path(job["restarts"]) / job["job_id"]).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def cancel(folder: RunFolder) -> str:
+    """Ask the run's job to save and end; what was done, in a line. Raises `ValueError` if it has none to end."""
+    job = folder.read_job()
+    require(job is not None, f"{folder.path}: no job was ever submitted for it")
+    assert job is not None
+    state = scheduler.state_of(job["cluster"], job["job_id"])
+    require(state != "gone", f"{folder.path}: its job {job['job_id']} has ended already")
+    scheduler.ask_to_stop(job["cluster"], job["job_id"])
+    if state == "pending":
+        return f"job {job['job_id']} is taken out of the queue"
+    return f"job {job['job_id']} saves a checkpoint and stops; the run's command goes on from there"
+
+
+def _state(folder: RunFolder, config: Config) -> str:
+    job, signs = folder.read_job(), read_signs(folder.heartbeat)
+    if job is not None and (state := scheduler.state_of(job["cluster"], job["job_id"])) != "gone":
+        where = f"Slurm job {job['job_id']}" if job["cluster"] == "slurm" else f"process {job['job_id']} here"
+        if state == "pending":
+            return f"waiting in the queue, {where}"
+        if signs:
+            seen = format_seconds(max(0.0, time.time() - min(sign.moved for sign in signs)))
+            return f"{signs[0].phase}, {where}, {len(signs)} rank(s), each has moved in the last {seen}"
+        return f"starting, {where}"
+    if folder.read_summary(config) is not None:
+        return "finished"
+    laggard = find_laggard(signs)
+    if laggard is not None:
+        return f"ended because rank {laggard.rank} on {laggard.host} hung ({laggard.phase}, step {laggard.step})"
+    return "stopped or crashed; the run's command goes on from its last checkpoint"
+
+
+def _last_progress(folder: RunFolder) -> str | None:
+    """The last progress line of the log."""
+    try:
+        with folder.log_file.open("rb") as stream:
+            stream.seek(max(0, folder.log_file.stat().st_size - 10_000))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    found = [line.strip() for line in lines if line.startswith(PROGRESS_PREFIX)]
+    return found[-1] if found else None

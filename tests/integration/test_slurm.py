@@ -1,0 +1,155 @@
+"""A real Slurm of two nodes on this machine (tools/slurm_sandbox.sh): preemption, cancelling, crashes, job arrays."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.status import cancel, describe_run
+from tdkd_dist.submission import refuse_if_alive
+from tdkd_dist.tracking import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SANDBOX = str(ROOT / "tools" / "slurm_sandbox.sh")
+EPOCHS = 60
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[dict[str, str]]:
+    """The environment in which sbatch talks to the sandbox."""
+    was_up = subprocess.run([SANDBOX, "status"], capture_output=True).returncode == 0
+    up = subprocess.run([SANDBOX, "up"], capture_output=True, text=True)
+    if up.returncode != 0:
+        pytest.skip(up.stderr.strip())
+    name, _, value = up.stdout.strip().removeprefix("export ").partition("=")
+    yield os.environ | {name: value}
+    if not was_up:
+        subprocess.run([SANDBOX, "down"], check=True)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of three steps an epoch on both nodes."""
+    folder = tmp_path_factory.mktemp("slurm")
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        path = folder / "tree" / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(70 * (i % 3), 70 * (i % 3) + 90, (20, 20, 3), dtype=np.uint8)).save(path)
+    write = [sys.executable, "tools/write_beton.py", str(folder / "tree"), str(folder / "x.beton")]
+    subprocess.run(write, cwd=ROOT, check=True, timeout=120)
+    return (
+        f"recipe=fashion_sew site=sandbox data.train={folder}/x.beton data.val={folder}/x.beton data.image_size=16"
+        " data.crop=random_resized student.num_classes=3 student.width=8 student.num_timesteps=2 loss.alpha=0"
+        f" train.epochs={EPOCHS} train.batch_size=16 train.log_every=1 wandb.mode=disabled"
+    ).split()
+
+
+def start(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "launch/submit.py", *arguments],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out + err
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.3)
+
+
+def epochs_done(folder: RunFolder) -> int:
+    return max((row["epoch"] for row in read_rows(folder.metrics_file) if "val/top1_t1" in row), default=0)
+
+
+def same_weights(one: RunFolder, other: RunFolder) -> bool:
+    ours, theirs = load_file(one.student_file), load_file(other.student_file)
+    return ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+
+
+def test_a_run_requeued_cancelled_and_crashed_ends_as_the_uninterrupted_one(sandbox, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
+    whole, hurt = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "hurt")
+    code, said = finish(start(sandbox, *command, f"run.dir={whole.path}"))
+    assert code == 0, said
+    assert "Slurm: 2 node(s) x 1 rank(s)" in said
+    assert f"epoch {EPOCHS}/{EPOCHS}" in said
+    assert "mean over timesteps" in said
+
+    arguments = [*command, f"run.dir={hurt.path}", "launcher.max_restarts=1"]
+    first = start(sandbox, *arguments)
+    wait_for(lambda: epochs_done(hurt) >= 3, "three epochs")
+    with pytest.raises(ValueError, match=r"its job \d+ is still there"):
+        refuse_if_alive(hurt)
+    job = hurt.read_job()
+    assert job is not None
+    subprocess.run(["scancel", "--signal=USR2", job["job_id"]], env=sandbox, check=True)
+    wait_for(lambda: "resumed after epoch" in hurt.log_file.read_text(), "the requeued job")
+    assert "saves a checkpoint and stops" in cancel(hurt)
+    code, said = finish(first)
+    assert code == 130, said
+    assert f"job {job['job_id']} is pending again" in said
+    assert epochs_done(hurt) < EPOCHS
+
+    third = start(sandbox, *arguments)
+    wait_for(lambda: hurt.log_file.read_text().count("resumed after epoch") == 2, "the second resumption")
+    ranks = [p for p in psutil.process_iter(["cmdline"]) if str(hurt.jobs) in " ".join(p.info["cmdline"] or [])]
+    assert ranks
+    ranks[-1].send_signal(signal.SIGKILL)
+    code, said = finish(third)
+    assert code == 0, said
+    status = describe_run(hurt)
+    assert f"{hurt.path}: finished" in status
+    assert "restarts after a crash: 1 of 1" in status
+    assert same_weights(whole, hurt)
+    assert [row["epoch"] for row in read_rows(hurt.metrics_file) if "val/top1_t1" in row] == [*range(1, EPOCHS + 1)]
+
+
+def test_a_sweep_is_one_job_array_of_the_code_as_it_was(sandbox, command, tmp_path):
+    sweep = [*command, f"run.dir={tmp_path}", "run.name=s", "launcher.nodes=1", "train.epochs=1",
+             "sweep.run.seed=[0,1]", "sweep.loss.beta=[0,0.5]"]  # fmt: skip
+    code, said = finish(start(sandbox, *sweep))
+    assert code == 0, said
+    assert "4 of 4 runs submitted as one job array" in said
+    assert said.count(": finished") == 4
+    members = [RunFolder(tmp_path / f"s-seed{seed}-beta{beta}") for seed in (0, 1) for beta in ("0", "0.5")]
+    jobs = [member.read_job() for member in members]
+    assert len({job["job_id"].split("_")[0] for job in jobs if job}) == 1
+    assert all(epochs_done(member) == 1 for member in members)
+    (snapshot,) = (tmp_path / "sweep" / "submitit").glob("code-*")
+    assert (snapshot / "tdkd_dist" / "train.py").read_bytes() == (ROOT / "tdkd_dist" / "train.py").read_bytes()
+
+
+def test_slurms_own_words_reach_the_user(sandbox, command, tmp_path):
+    code, said = finish(start(sandbox, *command, f"run.dir={tmp_path}/x", "launcher.partition=none"))
+    assert code == 2
+    assert "error: Slurm refused the job: sbatch: error: invalid partition specified: none" in said
+
+
+def test_the_batch_script_is_shown_without_leaving_anything(sandbox, command, tmp_path):
+    options = ["launcher.qos=high", "launcher.constraint=h100", "launcher.setup=[module load cuda]",
+               "launcher.sbatch.reservation=mine", "launcher.srun_args=[--mpi=none]"]  # fmt: skip
+    code, said = finish(start(sandbox, *command, f"run.dir={tmp_path}/x", "--dry-run", *options))
+    assert code == 0, said
+    for line in ("#SBATCH --nodes=2", "#SBATCH --partition=main", "#SBATCH --qos=high", "#SBATCH --constraint=h100",
+                 "#SBATCH --reservation=mine", "#SBATCH --signal=USR2@30", "module load cuda", "--mpi=none",
+                 "--kill-on-bad-exit=1", "scontrol requeue"):  # fmt: skip
+        assert line in said, line
+    assert not (tmp_path / "x").exists()
