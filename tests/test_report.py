@@ -79,6 +79,12 @@ def test_seeds_are_grouped_by_the_configuration_they_share(folders):
     assert differing == {"loss.alpha": ["0.2", "0.0"], "loss.beta": ["0.5", "0.0"]}
 
 
+def test_groups_of_one_name_are_told_apart(tmp_path):
+    runs, _ = load_runs([make_run(tmp_path, "a"), make_run(tmp_path / "b", "a", "loss.beta=0")])
+    runs[1].folder = tmp_path / "elsewhere"
+    assert [group.name for group in group_runs(runs)] == ["a (a-seed0)", "a (elsewhere)"]
+
+
 def test_paired_differences_are_the_paired_t_tests(folders):
     ours, theirs = group_runs(load_runs(folders)[0])
     a, b = ours.curves("top1"), theirs.curves("top1")

@@ -76,17 +76,20 @@ def loss_trends(group: Group) -> str | None:
     rows = [row for row in run.rows if "train/loss_t1" in row]
     if not rows:
         return None
-    last_step, last_epoch = run.last["global_step"], run.last["epoch"]
+    # A run of less than an epoch is drawn against its steps.
+    per_step = run.last["epoch"] / max(run.last["global_step"], 1) or 1.0
     with _figure() as (figure, axes):
         import matplotlib
 
         T = run.config.student.num_timesteps
         colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, T))
         for t in range(1, T + 1):
-            points = [(r["global_step"] * last_epoch / max(last_step, 1), r[f"train/loss_t{t}"]) for r in rows
+            points = [(r["global_step"] * per_step, r[f"train/loss_t{t}"]) for r in rows
                       if f"train/loss_t{t}" in r]  # fmt: skip
             axes.plot(*zip(*points, strict=True), lw=1.2, color=colors[t - 1], label=f"t = {t}")
-        axes.set(xlabel="epoch", ylabel="cross-entropy of the ensemble", title=group.name)
+        axes.set(
+            xlabel="epoch" if run.last["epoch"] else "step", ylabel="cross-entropy of the ensemble", title=group.name
+        )
         axes.title.set_fontsize(10)
         axes.legend()
         return _svg(figure)

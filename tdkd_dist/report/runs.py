@@ -130,7 +130,12 @@ def group_runs(runs: list[RunData]) -> list[Group]:
     groups: dict[str, list[RunData]] = defaultdict(list)
     for run in runs:
         groups[json.dumps(_compared(run.config), default=str, sort_keys=True)].append(run)
-    return [Group(_name_of(members), members) for members in groups.values()]
+    found = [Group(_name_of(members), members) for members in groups.values()]
+    names = [group.name for group in found]
+    for group in found:
+        if names.count(group.name) > 1:
+            group.name += f" ({group.runs[0].folder.name})"
+    return found
 
 
 def differences(groups: list[Group]) -> dict[str, list[Any]]:
