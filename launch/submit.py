@@ -13,6 +13,7 @@ The run lives in runs/NAME. The same command again resumes it; Ctrl-C stops it c
 Exit status: 0 finished, 1 crashed, 2 a mistake in the command, recipe or data, 130 stopped.
 """
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,10 @@ def main(arguments: list[str]) -> int:
         return submit(arguments)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever read our output, `head` for instance, has seen enough; a job goes on without us.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ValueError as error:
         from tdkd_dist.job import is_users_mistake
 

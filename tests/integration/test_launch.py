@@ -288,6 +288,13 @@ def test_no_arguments_is_a_mistake_with_the_usage(capsys):
     assert len(lines) <= 6
 
 
+def test_a_reader_who_has_seen_enough_is_no_error():
+    command = f"{sys.executable} launch/submit.py --list | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "0"
+
+
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_passes_a_dry_run(name, capsys):
     assert submit_main(f"recipe={name}", "--dry-run", "launcher.cluster=local") == 0, capsys.readouterr().err
