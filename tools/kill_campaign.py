@@ -1,0 +1,207 @@
+"""Kill a run on the two-node Slurm at random moments, and see whether it ends as the unhurt one does.
+
+    eval "$(tools/slurm_sandbox.sh up)"
+    python tools/kill_campaign.py WORK [--kinds rank,all,node] [--count 20] [--seed 0] [--markdown FILE]
+
+Kinds: `rank` is SIGKILL of one rank, `all` of every rank, `node` of a node's slurmd, which is started again after it
+was missed. A checkpoint is saved at every other step, so many kills hit one being written. Survived means: the final
+weights equal the reference's, bit for bit. Goes on where it stopped: finished kills are kept in WORK/kills.jsonl.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+from safetensors.torch import load_file
+
+from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.tracking import format_seconds, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("rank", "all", "node")
+EPOCHS, STEPS_PER_EPOCH = 100, 3
+NODES = ("tdkd-n1", "tdkd-n2")
+PATIENCE_S = 600
+
+
+def main() -> int:
+    """Run the campaign; the exit status is 1 if a kill was not survived."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--count", type=int, default=20, help="kills of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--markdown", type=Path, help="append the table to this file")
+    args = parser.parse_args()
+    work: Path = args.work.absolute()
+    data = prepare(work)
+    reference = run_reference(work, data)
+    record = work / "kills.jsonl"
+    done = {(row["kind"], row["number"]): row for row in read_rows(record)}
+    for kind in args.kinds.split(","):
+        for number in range(args.count):
+            if (kind, number) in done:
+                continue
+            row = kill_once(work, data, reference, kind, number, args.seed)
+            done[kind, number] = row
+            with record.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+    table = summarise(list(done.values()))
+    print(table)
+    if args.markdown:
+        with args.markdown.open("a") as stream:
+            stream.write(table + "\n")
+    return 0 if all(row["survived"] for row in done.values()) else 1
+
+
+def prepare(work: Path) -> Path:
+    """The beton that all runs train on."""
+    beton = work / "x.beton"
+    if not beton.exists():
+        rng = np.random.default_rng(0)
+        for i in range(16 * STEPS_PER_EPOCH):
+            path = work / "tree" / f"class{i % 3}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(70 * (i % 3), 70 * (i % 3) + 90, (20, 20, 3), dtype=np.uint8)).save(path)
+        subprocess.run([sys.executable, "tools/write_beton.py", str(work / "tree"), str(beton)], cwd=ROOT, check=True)
+    return beton
+
+
+def start(data: Path, folder: Path) -> subprocess.Popen[str]:
+    """Submit the run in `folder` and follow it."""
+    arguments = (
+        f"recipe=fashion_sew site=sandbox data.train={data} data.val={data} data.image_size=16 student.num_classes=3"
+        " student.width=8 student.num_timesteps=2 loss.alpha=0 train.batch_size=16 train.log_every=1"
+        f" train.epochs={EPOCHS} train.save_every_steps=2 eval.every=10 launcher.max_restarts=9"
+        f" launcher.hang_timeout_min=1 wandb.mode=disabled run.dir={folder}"
+    ).split()
+    command = [sys.executable, "launch/submit.py", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_reference(work: Path, data: Path) -> RunFolder:
+    """The unhurt run."""
+    folder = RunFolder(work / "reference")
+    process = start(data, folder.path)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    if process.returncode != 0:
+        raise SystemExit(f"the reference run failed:\n{output}")
+    return folder
+
+
+def kill_once(work: Path, data: Path, reference: RunFolder, kind: str, number: int, seed: int) -> dict[str, Any]:
+    """One run that is hurt once; what became of it."""
+    draw = random.Random(f"{seed} {kind} {number}")
+    folder = RunFolder(work / f"{kind}-{number:03d}")
+    process = start(data, folder.path)
+    wait_for_step(folder, draw.randint(1, int(0.9 * EPOCHS * STEPS_PER_EPOCH)))
+    time.sleep(draw.uniform(0, 0.2))  # anywhere within a step or a save
+    before, saving = last_step(folder), bool(list(folder.checkpoints.glob("*.tmp")))
+    hurt = hurt_node(draw) if kind == "node" else hurt_ranks(folder, draw, kind)
+    killed = time.monotonic()
+    resumed = wait_for_resumption(folder, process)
+    recovered = time.monotonic() - killed
+    process.communicate(timeout=PATIENCE_S)
+    survived = process.returncode == 0 and same_weights(reference, folder)
+    return {
+        "kind": kind,
+        "number": number,
+        "hurt": hurt,
+        "survived": survived,
+        "during_save": saving,
+        "step": before,
+        "steps_lost": before - resumed if resumed is not None else None,
+        "seconds_to_recover": round(recovered, 1) if resumed is not None else None,
+    }
+
+
+def hurt_ranks(folder: RunFolder, draw: random.Random, kind: str) -> int:
+    """SIGKILL one rank, or all of them; how many were there."""
+    commands = {p: p.info["cmdline"] or [""] for p in psutil.process_iter(["cmdline"])}
+    ranks = [p for p, c in commands.items() if f"_submit {folder.jobs}" in " ".join(c) and "srun" not in c[0]]
+    chosen = ranks if kind == "all" else ranks and [draw.choice(sorted(ranks, key=lambda p: p.pid))]
+    for rank in chosen:
+        rank.send_signal(signal.SIGKILL)
+    return len(chosen)
+
+
+def hurt_node(draw: random.Random) -> str:
+    """SIGKILL a node's daemon, and start it again when Slurm has missed it."""
+    node = draw.choice(NODES)
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "slurmd" and node in process.info["cmdline"]:
+            process.kill()
+    time.sleep(25)  # SlurmdTimeout is 15
+    subprocess.run(["slurmd", "-N", node], check=True, env=os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin"})
+    return node
+
+
+def wait_for_step(folder: RunFolder, step: int) -> None:
+    """Until the run has recorded so many steps."""
+    deadline = time.monotonic() + PATIENCE_S
+    while last_step(folder) < step:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{folder.path} did not reach step {step} within {PATIENCE_S} s")
+        time.sleep(0.1)
+
+
+def wait_for_resumption(folder: RunFolder, process: subprocess.Popen[str]) -> int | None:
+    """The step that the run went on from; None if the kill came too late to need it."""
+    while process.poll() is None:
+        lines = [line for line in folder.log_file.read_text().splitlines() if line.startswith("resumed after epoch")]
+        if lines:
+            return int(lines[-1].rsplit(" ", 1)[1])
+        time.sleep(0.2)
+    return None
+
+
+def last_step(folder: RunFolder) -> int:
+    """The last optimiser step in the record."""
+    rows = read_rows(folder.metrics_file)
+    return max((row["global_step"] for row in rows), default=0)
+
+
+def same_weights(one: RunFolder, other: RunFolder) -> bool:
+    """Whether two finished runs have the same student, bit for bit."""
+    ours, theirs = load_file(one.student_file), load_file(other.student_file)
+    return ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def summarise(rows: list[dict[str, Any]]) -> str:
+    """The table, in Markdown."""
+    lines = [
+        "| fault | tried | survived | during a save | steps lost, median (most) | recovered after, median (longest) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in KINDS:
+        own = [row for row in rows if row["kind"] == kind]
+        if not own:
+            continue
+        lost = [row["steps_lost"] for row in own if row["steps_lost"] is not None]
+        took = [row["seconds_to_recover"] for row in own if row["seconds_to_recover"] is not None]
+        cells = [
+            kind,
+            str(len(own)),
+            str(sum(row["survived"] for row in own)),
+            str(sum(row["during_save"] for row in own)),
+        ]
+        cells.append(f"{statistics.median(lost):.0f} ({max(lost)})" if lost else "-")
+        cells.append(f"{format_seconds(statistics.median(took))} ({format_seconds(max(took))})" if took else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
