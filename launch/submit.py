@@ -64,8 +64,8 @@ def submit(arguments: list[str]) -> int:
     """Check, submit and follow one run, or the members of a sweep one after the other."""
     recipes = [a.removeprefix("recipe=") for a in arguments if a.startswith("recipe=")]
     flags = [a for a in arguments if a.startswith("-")]
-    sweeps_recipes = any(a.startswith("sweep.recipe=") for a in arguments)
-    if len(recipes) != (not sweeps_recipes) or set(flags) - {"--dry-run"}:
+    wanted = 0 if any(a.startswith("sweep.recipe=") for a in arguments) else 1
+    if len(recipes) != wanted or set(flags) - {"--dry-run"}:
         unknown = set(flags) - {"--dry-run"}
         print(f"error: {unknown.pop()}: no such flag" if unknown else "error: which recipe?", file=sys.stderr)
         print(f"{USAGE}\nrecipes: python launch/submit.py --list", file=sys.stderr)
@@ -128,8 +128,12 @@ def run(config: "Config") -> int:
 def run_sweep(configs: "list[Config]") -> int:
     """The members that are not finished: here one after the other, on Slurm as one job array."""
     from tdkd_dist import follow, preflight, submission
+    from tdkd_dist.run_folder import RunFolder
 
     cluster = submission.find_cluster(configs[0])
+    for folder, config in ((RunFolder(config.run.folder), config) for config in configs):
+        if folder.config_file.exists():
+            folder.check_same(config)
     weights = [preflight.check(config, cluster=cluster).teacher_weights for config in configs]
     if cluster == "slurm":
         outcomes = run_array(configs, weights)
@@ -149,8 +153,8 @@ def run_sweep(configs: "list[Config]") -> int:
 
 
 def run_array(configs: "list[Config]", weights: list[str | None]) -> dict[str, int]:
-    """A sweep on Slurm, followed member by member; each one's exit status."""
-    from tdkd_dist import submission
+    """A sweep on Slurm, followed member by member; each one's exit status. Ctrl-C stops all members."""
+    from tdkd_dist import scheduler, submission
     from tdkd_dist.follow import FINISHED, Follower
     from tdkd_dist.run_folder import RunFolder
 
@@ -167,6 +171,9 @@ def run_array(configs: "list[Config]", weights: list[str | None]) -> dict[str, i
     for k, follower in zip(left, followers, strict=True):
         print(f"\n{configs[k].run.name}", flush=True)
         outcomes[configs[k].run.name] = follower.follow()
+        if follower.interrupted:
+            for job in jobs:
+                scheduler.ask_to_stop("slurm", str(job.job_id))
     return outcomes
 
 

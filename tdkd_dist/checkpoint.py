@@ -61,9 +61,9 @@ def save(
         failure = _attempt(lambda: _complete(folder, temporary, name, progress, best))
     (failed,) = distributed.any_rank(failure is not None)
     if failed:
-        reasons = [reason for reason in distributed.from_every_rank(failure and str(failure)) if reason]
-        say(f"the checkpoint at step {progress.global_step} could not be written ({reasons[0].splitlines()[0]});"
-            " training goes on, the last one stays")  # fmt: skip
+        reasons = distributed.from_every_rank(None if failure is None else str(failure) or type(failure).__name__)
+        reason = next(reason for reason in reasons if reason is not None).splitlines()[0]
+        say(f"the checkpoint at step {progress.global_step} could not be written ({reason}); the last one stays")
     if distributed.rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         if not failed:

@@ -36,6 +36,11 @@ class Follower:
         self._asked = time.monotonic()
         self._state: scheduler.State | None = None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the user asked for the end."""
+        return self._interrupts > 0
+
     def follow(self) -> int:
         """Until the job is gone, requeued or restarted as it may be in between; its exit status."""
         with _calling(self._interrupt, signal.SIGINT, signal.SIGTERM):
@@ -84,10 +89,10 @@ class Follower:
         if laggard is not None:
             rank = laggard.rank
             reason = f"it hung: last seen {laggard.phase}, after step {laggard.step}, on {laggard.host}"
-        if self._interrupts == 0:
+        if not self.interrupted:
             print(f"error: rank {rank} crashed: {reason}", file=sys.stderr)
             print(f"its output: {self._tasks[rank].paths.stdout}", file=sys.stderr)
-        return STOPPED if self._interrupts else CRASHED
+        return STOPPED if self.interrupted else CRASHED
 
     def _outcome(self, task: Any) -> Outcome | str:
         """The rank's outcome, or the last line of what it died of."""

@@ -18,6 +18,7 @@ submitit/, wandb/         each rank's own output; the W&B record
 import json
 import os
 import platform
+import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ class RunFolder:
     def jobs(self) -> Path:
         """submitit's pickles, and each rank's own output."""
         return self.path / "submitit"
+
+    @property
+    def skipped_file(self) -> Path:
+        """The samples of steps that were skipped."""
+        return self.path / "skipped.jsonl"
 
     def write_job(self, cluster: str, job_id: str, restarts: Path) -> None:
         """Record the job submitted for this run, and the folder in which its restarts are counted."""
@@ -122,6 +128,8 @@ class RunFolder:
             raise ValueError(f"run.dir={self.path}: cannot be written ({error.strerror}); choose another") from error
         if self.config_file.exists():
             self.check_same(config)
+        # The signs of an earlier job's ranks, of which there may have been more.
+        shutil.rmtree(self.heartbeat, ignore_errors=True)
         for folder in (self.checkpoints, self.figures):
             folder.mkdir(exist_ok=True)
         temporary = self.config_file.with_suffix(".tmp")

@@ -224,7 +224,7 @@ class Trainer:
             mixer=mixer,
             record=record,
             progress=progress,
-            guard=StepGuard(config.train, parts.folder.path / "skipped.jsonl", should_stop),
+            guard=StepGuard(config.train, parts.folder.skipped_file, should_stop),
             resumed=restored is not None,
         )
 
@@ -242,9 +242,10 @@ class Trainer:
                     self.engine.sync_buffers()
                     if self._complete or progress.epoch % config.eval.every == 0:
                         row = self._validate(time.monotonic() - started)
-                self._save()
+                saved = self._save()
                 if stop and not self._complete:
-                    self.parts.log.say(f"stopped at step {progress.global_step}; the same command goes on from here")
+                    where = "here" if saved else "the last checkpoint"
+                    self.parts.log.say(f"stopped at step {progress.global_step}; the same command goes on from {where}")
                     return False
             if row is None:
                 row = self.parts.validate_student(self.engine.deployed)
@@ -289,7 +290,9 @@ class Trainer:
             engine.update(skip=skip)
             if skip:
                 engine.recall_buffers()
-                self.parts.log.say(f"step {progress.global_step + 1} skipped: its loss is not finite")
+                self.parts.log.say(
+                    f"step {progress.global_step + 1} skipped: its loss is not finite ({guard.skipped} so far)"
+                )
             else:
                 for parts in done:
                     meter.add(*parts)
@@ -358,12 +361,15 @@ class Trainer:
             self._save_student(parts.folder.best_student_file)
         return row
 
-    def _save(self) -> None:
+    def _save(self) -> bool:
+        """A checkpoint, on all ranks together; whether it stands."""
         folder, keep = self.parts.folder.checkpoints, self.parts.config.train.keep_checkpoints
         self.parts.heartbeat.beat("saving", self.progress.global_step)
-        checkpoint.save(folder, self.engine, self.progress, keep=keep, best=self._is_best, say=self.parts.log.say)
+        say = self.parts.log.say
+        saved = checkpoint.save(folder, self.engine, self.progress, keep=keep, best=self._is_best, say=say)
         self._is_best = False
         self.guard.saved()
+        return saved
 
     def _save_student(self, path: Path) -> None:
         """On rank 0. A full disk is said, and costs the file."""

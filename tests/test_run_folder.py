@@ -2,11 +2,12 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
 from tdkd_dist.recipe import load_config
-from tdkd_dist.run_folder import RunFolder, write_json
+from tdkd_dist.run_folder import RunFolder, append_text, write_json
 from tdkd_dist.tracking import Log, Record, format_seconds, format_table, read_rows
 
 
@@ -98,3 +99,23 @@ def test_the_table_has_a_row_a_timestep():
     table = format_table(row | {"val/top1_mean": 15.0, "val/samples": 203}, 2)
     assert table.splitlines()[2].split()[:2] == ["1", "10.00"]
     assert table.splitlines()[-1] == "mean over timesteps: 15.00 % of 203 images"
+
+
+def test_a_full_disk_takes_a_line_whole_or_not_at_all(small_disk):
+    path, ballast = small_disk / "metrics.jsonl", small_disk / "ballast"
+    assert append_text(path, "first\n")
+    ballast.write_bytes(b"x" * (shutil.disk_usage(small_disk).free))
+    assert not append_text(path, "y" * 100_000 + "\n")
+    assert path.read_text() == "first\n"
+    ballast.unlink()
+    assert append_text(path, "second\n")
+    assert path.read_text() == "first\nsecond\n"
+
+
+def test_another_job_does_not_inherit_the_signs_of_the_last_one(tmp_path, config):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config)
+    folder.heartbeat.mkdir()
+    (folder.heartbeat / "rank-00007.json").write_text("{}")
+    folder.create(config)
+    assert not folder.heartbeat.exists()

@@ -7,19 +7,11 @@ group is the one that others are compared with. --html writes a page that needs 
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from tdkd_dist.command_line import Parser
 from tdkd_dist.report import tables
 from tdkd_dist.report.page import write_page
 from tdkd_dist.report.runs import check_comparable, group_runs, load_runs
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake told in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what `main` prints."""
-        raise ValueError(message)
 
 
 def main(argv: list[str]) -> int:

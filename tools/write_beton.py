@@ -15,13 +15,13 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
 
 if __name__ == "__main__":
     # Importing the package registers the students with timm: ten seconds that a tool without networks can save.
     sys.modules["tdkd_dist"] = package = ModuleType("tdkd_dist")
     package.__path__ = [str(Path(__file__).resolve().parent.parent / "tdkd_dist")]
 
+from tdkd_dist.command_line import Parser
 from tdkd_dist.data.beton import Manifest, WriteOptions, up_to_date, write
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.verify import verify
@@ -50,14 +50,6 @@ def main(argv: list[str]) -> int:
         print("write_beton: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake told in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what `main` prints."""
-        raise ValueError(message)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

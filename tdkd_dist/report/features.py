@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from tdkd_dist.data.loaders import default_workers, make_val_loader
 from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.losses import ensembles
 from tdkd_dist.report.runs import Floats, RunData
+from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.students.base import SpikingNet
 from tdkd_dist.weights import load_student
 
@@ -35,7 +37,7 @@ def embed(run: RunData, num_images: int) -> tuple[dict[int, Floats], Labels]:
 
 def running_features(run: RunData, num_images: int) -> tuple[torch.Tensor, Labels]:
     """`[T, N, C]`: the mean over steps <= t of the features pooled over pixels; and the labels `[N]`."""
-    weights = run.folder / "student.safetensors"
+    weights = RunFolder(run.folder).student_file
     if not weights.is_file():
         raise ValueError(f"{weights}: not there yet")
     model = load_student(weights)
@@ -58,6 +60,4 @@ def running_features(run: RunData, num_images: int) -> tuple[torch.Tensor, Label
             pooled.append(model.forward_features(normalise(images_BCHW)).mean((3, 4)))
             labels.append(labels_B.clone())
     loader.close()
-    features_TNC = torch.cat(pooled, dim=1)
-    steps_T11 = torch.arange(1, len(features_TNC) + 1).view(-1, 1, 1)
-    return features_TNC.cumsum(0) / steps_T11, torch.cat(labels).numpy()
+    return ensembles(torch.cat(pooled, dim=1)), torch.cat(labels).numpy()

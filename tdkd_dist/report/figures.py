@@ -4,7 +4,8 @@ Shapes: S seeds, T timesteps, N images.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -139,28 +140,20 @@ def embedding(title: str, points_N2: Floats, labels_N: Any) -> str:
         return _svg(figure)
 
 
-class _figure:  # noqa: N801 -- used like a function
+@contextmanager
+def _figure(size: tuple[float, float] = SIZE) -> Iterator[tuple[Any, Any]]:
     """A figure with one pair of axes in the report's style, closed at the end."""
+    import matplotlib
 
-    def __init__(self, size: tuple[float, float] = SIZE) -> None:
-        self._size = size
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
-    def __enter__(self) -> tuple[Any, Any]:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        self._style = plt.rc_context(SETTINGS)
-        self._style.__enter__()
-        self._figure, axes = plt.subplots(figsize=self._size, layout="constrained")
-        return self._figure, axes
-
-    def __exit__(self, *error: Any) -> None:
-        import matplotlib.pyplot as plt
-
-        plt.close(self._figure)
-        self._style.__exit__(*error)
+    with plt.rc_context(SETTINGS):
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        try:
+            yield figure, axes
+        finally:
+            plt.close(figure)
 
 
 def _color(i: int) -> str:

@@ -3,6 +3,7 @@
 import random
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,16 +15,21 @@ from tdkd_dist.checkpoint import Progress, best_checkpoint, find_damage, list_ch
 from tdkd_dist.config import Config, LauncherConfig, StudentConfig
 from tdkd_dist.students import create_student
 
+if TYPE_CHECKING:
+    from tdkd_dist.engine import Engine
+
 CPU = torch.device("cpu")
 
 
-def small_config(world_size: int) -> Config:
+def small_engine(world_size: int) -> "Engine":
+    from tdkd_dist.engine import Engine
+
     config = Config(
         student=StudentConfig(model="sew_resnet8", num_classes=3, num_timesteps=2, width=8),
         launcher=LauncherConfig(tasks_per_node=world_size),
     )
     config.train.batch_size = 2 * world_size
-    return config
+    return Engine(create_student(config.student), config, device=CPU, steps_per_epoch=10, compiled=False)
 
 
 def flip_a_byte(path: Path) -> None:
@@ -51,10 +57,7 @@ def draw() -> tuple[float, float, float]:
 
 
 def save_and_damage(rank: int, world_size: int, folder: Path) -> None:
-    from tdkd_dist.engine import Engine
-
-    config = small_config(world_size)
-    engine = Engine(create_student(config.student), config, device=CPU, steps_per_epoch=10, compiled=False)
+    engine = small_engine(world_size)
     said: list[str] = []
 
     def train_to(step: int) -> None:
@@ -106,10 +109,7 @@ def test_the_newest_valid_checkpoint_is_restored(tmp_path):
 
 
 def keep_the_best(rank: int, world_size: int, folder: Path) -> None:
-    from tdkd_dist.engine import Engine
-
-    config = small_config(world_size)
-    engine = Engine(create_student(config.student), config, device=CPU, steps_per_epoch=10, compiled=False)
+    engine = small_engine(world_size)
     for step in range(1, 6):
         assert checkpoint.save(folder, engine, Progress(global_step=step), keep=2, best=step in (1, 2), say=print)
     assert [p.name for p in list_checkpoints(folder)] == [f"step-{step:08d}" for step in (5, 4, 2)]
@@ -123,10 +123,7 @@ def test_the_best_stays_beside_the_newest(tmp_path):
 
 def fill_the_disk(rank: int, world_size: int, folder: Path) -> None:
     """Two ranks; rank 0's disk fills up during a save, and has room again for the next."""
-    from tdkd_dist.engine import Engine
-
-    config = small_config(world_size)
-    engine = Engine(create_student(config.student), config, device=CPU, steps_per_epoch=10, compiled=False)
+    engine = small_engine(world_size)
     said: list[str] = []
 
     def save(step: int) -> bool:
