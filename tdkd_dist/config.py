@@ -346,6 +346,11 @@ class WandbConfig:
     entity: str | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online if this user is logged in, else offline."""
+    timeout_s: float = 60.0
+    """The longest that a run waits for an unreachable server: once at its start, and once at its end."""
+
+    def __post_init__(self) -> None:
+        require(self.timeout_s > 0, f"wandb.timeout_s={self.timeout_s}: give a positive number of seconds")
 
 
 @dataclass

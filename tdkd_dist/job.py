@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ from tdkd_dist.config import Config
 from tdkd_dist.heartbeat import Heartbeat
 
 PACKAGE = Path(__file__).resolve().parent
+CACHES = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCH_EXTENSIONS_DIR": "torch_extensions",
+}
+"""Variables that say where compiled code is kept; some defaults are in the home folder, which clusters share slowly."""
 
 
 @dataclass
@@ -33,6 +40,7 @@ class Job:
     def __call__(self) -> Outcome:
         """Join the other ranks and run. A crash is raised; submitit records its traceback."""
         flags = _SignalFlags()
+        keep_caches_local()
         environment = _export_environment(self.config)
         from tdkd_dist import distributed
 
@@ -113,6 +121,16 @@ def is_users_mistake(error: ValueError) -> bool:
 def cores_per_rank(ranks_on_node: int) -> int:
     """This rank's equal share of the cores that the process may use."""
     return max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
+
+
+def keep_caches_local() -> None:
+    """Keep compiled code in a folder of this user's on the node's own disk, unless the environment says otherwise."""
+    caches = Path(tempfile.gettempdir()) / f"tdkd-dist-{os.getuid()}"
+    caches.mkdir(mode=0o700, exist_ok=True)
+    if caches.stat().st_uid != os.getuid():
+        return  # what is loaded from there is run: not from a folder that somebody else made
+    for variable, name in CACHES.items():
+        os.environ.setdefault(variable, str(caches / name))
 
 
 def _export_environment(config: Config) -> Any:

@@ -178,7 +178,10 @@ class Record:
         if self._wandb is None:
             return
         offline, directory = self._wandb.offline, Path(self._wandb.dir).parent
-        self._send(lambda run: run.finish())
+        try:
+            self._wandb.finish()
+        except Exception:  # the upload is late, or W&B broke down: what was recorded is on the disk
+            self._log.say(f"W&B did not take all of this run; to upload it: wandb sync --include-online {directory}")
         if offline:
             self._log.say(f"W&B was offline; to upload this run: wandb sync {directory}")
         self._wandb = None
@@ -204,6 +207,7 @@ class Record:
             self._log.say(f"W&B is off: {type(error).__name__}: {error}")
 
     def _init_wandb(self, wandb: Any, config: Config, mode: str) -> Any:
+        timeout_s = config.wandb.timeout_s
         arguments = {
             "project": config.wandb.project,
             "entity": config.wandb.entity,
@@ -212,6 +216,12 @@ class Record:
             "resume": "allow" if self.wandb_id else None,
             "dir": str(self._folder.path),
             "config": flatten(config),
+            "settings": wandb.Settings(
+                init_timeout=timeout_s,
+                # A preempted job must be requeued before Slurm's patience ends.
+                finish_timeout=min(timeout_s, config.launcher.signal_delay_s / 3) or timeout_s,
+                finish_timeout_raises=True,
+            ),
         }
         try:
             return wandb.init(mode=mode, **arguments)

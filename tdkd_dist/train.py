@@ -3,6 +3,7 @@
 Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -174,6 +175,7 @@ class Trainer:
     resumed: bool
     _is_best: bool = False
     """Whether the state in hand is that of the best validation so far."""
+    _warned: bool = False
 
     @classmethod
     def build(cls, parts: Run, student: nn.Module, should_stop: Callable[[], bool]) -> "Trainer":
@@ -365,11 +367,22 @@ class Trainer:
         """A checkpoint, on all ranks together; whether it stands."""
         folder, keep = self.parts.folder.checkpoints, self.parts.config.train.keep_checkpoints
         self.parts.heartbeat.beat("saving", self.progress.global_step)
-        say = self.parts.log.say
+        say, started = self.parts.log.say, time.monotonic()
         saved = checkpoint.save(folder, self.engine, self.progress, keep=keep, best=self._is_best, say=say)
+        self._check_notice(time.monotonic() - started)
         self._is_best = False
         self.guard.saved()
         return saved
+
+    def _check_notice(self, seconds: float) -> None:
+        """Say once if Slurm's notice before the end is short for a save that takes `seconds`."""
+        notice_s = self.parts.config.launcher.signal_delay_s
+        if 2 * seconds > notice_s and not self._warned and "SLURM_JOB_ID" in os.environ:
+            self._warned = True
+            self.parts.log.say(
+                f"warning: saving took {seconds:.0f} s; launcher.signal_delay_s={notice_s} should be"
+                f" {max(120, 3 * seconds):.0f} or more, or a preempted job may lose the steps since its last checkpoint"
+            )
 
     def _save_student(self, path: Path) -> None:
         """On rank 0. A full disk is said, and costs the file."""

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import tempfile
 
 import torch
 
 from tdkd_dist.config import Config, LossConfig
 from tdkd_dist.follow import LogTail, _bar
-from tdkd_dist.job import Job, _SignalFlags, cores_per_rank, is_users_mistake
+from tdkd_dist.job import CACHES, Job, _SignalFlags, cores_per_rank, is_users_mistake, keep_caches_local
 from tdkd_dist.tracking import PROGRESS_PREFIX
 
 
@@ -41,6 +42,30 @@ def test_signals_ask_for_a_stop_and_only_usr2_for_a_requeue():
 def test_a_requeued_job_is_the_same_job():
     job = Job(Config(), "weights.safetensors")
     assert job.checkpoint().function is job
+
+
+def test_compiled_code_is_kept_on_the_nodes_own_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for variable in CACHES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    keep_caches_local()
+    (own,) = tmp_path.iterdir()
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(own / "inductor")
+    assert os.environ.pop("TORCH_EXTENSIONS_DIR") == str(own / "torch_extensions")
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+
+
+def test_compiled_code_is_not_taken_from_a_folder_of_somebody_elses(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for variable in CACHES:
+        monkeypatch.delenv(variable, raising=False)
+    stranger = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: stranger)
+    (tmp_path / f"tdkd-dist-{stranger}").mkdir()
+    keep_caches_local()
+    assert not set(CACHES) & set(os.environ)
 
 
 def test_every_rank_has_a_core():

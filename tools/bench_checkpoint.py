@@ -1,0 +1,106 @@
+"""What a checkpoint costs: its size, the time to write and to read it, and the share of training that saving takes.
+
+    python tools/bench_checkpoint.py [--student sew_resnet34 ...] [--folder DIR] [--rounds 5] [--markdown FILE]
+
+One rank, fp32, SGD with momentum and a moving average of the weights. `--folder` is the file system to measure. The
+peer is a bare `torch.save` of the same tensors and a flush to the disk, measured in the same run.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tdkd_dist import checkpoint, distributed
+from tdkd_dist.checkpoint import Progress
+from tdkd_dist.command_line import Parser
+from tdkd_dist.config import Config, StudentConfig, TrainConfig
+from tdkd_dist.engine import Engine
+from tdkd_dist.students import create_student
+
+
+def main(argv: list[str]) -> int:
+    """Measure; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", nargs="+", default=["sew_resnet18", "sew_resnet34", "sew_resnet101"])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--markdown", type=Path, help="append the table to this file")
+    try:
+        args = parser.parse_args(argv)
+        lines = [
+            f"One rank, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};"
+            f" median of {args.rounds} rounds (least to most).",
+            "",
+            "| student | size | bare torch.save and fsync | our save | ratio | restore | of 15 minutes |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"MASTER_PORT": "29517", "GLOO_SOCKET_IFNAME": "lo"}
+        distributed.start(torch.device("cpu"))
+        lines += [measure(name, args.folder, args.rounds) for name in args.student]
+        distributed.stop()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = "\n".join(lines)
+    print(table)
+    if args.markdown:
+        with args.markdown.open("a") as stream:
+            stream.write(table + "\n")
+    return 0
+
+
+def measure(name: str, folder: Path, rounds: int) -> str:
+    """A row of the table."""
+    config = Config(student=StudentConfig(model=name), train=TrainConfig(batch_size=1, ema_decay=0.999))
+    student = create_student(config.student)
+    engine = Engine(student, config, device=torch.device("cpu"), steps_per_epoch=10, compiled=False)
+    engine.backward(engine.forward(torch.rand(1, 3, 64, 64)).square().mean())
+    engine.update()  # so that there is momentum to save
+    saves, restores, bares = [], [], []
+    with tempfile.TemporaryDirectory(dir=folder) as path:
+        here, bare = Path(path), Path(path) / "bare.pt"
+        for k in range(1, rounds + 1):
+            bares.append(seconds(lambda: save_bare(engine, bare)))
+            progress = Progress(global_step=k)
+            saves.append(seconds(lambda: checkpoint.save(here, engine, progress, keep=2, best=False, say=print)))  # noqa: B023
+            restores.append(seconds(lambda: checkpoint.restore(here, engine, print)))
+        newest = checkpoint.list_checkpoints(here)[0]
+        size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
+    ratio = statistics.median(save / bare for save, bare in zip(saves, bares, strict=True))
+    share = statistics.median(saves) / (15 * 60)
+    return f"| {name} | {size / 1e6:.0f} MB | {show(bares)} | {show(saves)} | {ratio:.2f} | {show(restores)} | {share:.2%} |"
+
+
+def save_bare(engine: Engine, path: Path) -> None:
+    """The engine's tensors, in the plainest way that reaches the disk."""
+    networks = [engine.student.state_dict(), engine.deployed.state_dict()]
+    momenta = [p.grad if p.grad is not None else p for p in engine.student.parameters()]
+    with path.open("wb") as stream:
+        torch.save([networks, momenta], stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long `action` takes."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def show(values: list[float]) -> str:
+    """Median and range of seconds."""
+    return f"{statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
