@@ -77,7 +77,8 @@ def measure(name: str, folder: Path, rounds: int) -> str:
         size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
     ratio = statistics.median(save / bare for save, bare in zip(saves, bares, strict=True))
     share = statistics.median(saves) / (15 * 60)
-    return f"| {name} | {size / 1e6:.0f} MB | {show(bares)} | {show(saves)} | {ratio:.2f} | {show(restores)} | {share:.2%} |"
+    cells = [name, f"{size / 1e6:.0f} MB", show(bares), show(saves), f"{ratio:.2f}", show(restores), f"{share:.2%}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def save_bare(engine: Engine, path: Path) -> None:
