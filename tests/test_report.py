@@ -123,6 +123,12 @@ def test_unfinished_runs_are_shown_as_such_and_unvalidated_ones_left_out(tmp_pat
     assert "still going" in page.read_text()
 
 
+def test_the_figure_for_a_paper(tmp_path):
+    figure = tmp_path / "figure.pdf"
+    assert compare([str(make_run(tmp_path, "a")), "--figure", str(figure)]) == 0
+    assert figure.read_bytes().startswith(b"%PDF")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -130,6 +136,8 @@ def test_unfinished_runs_are_shown_as_such_and_unvalidated_ones_left_out(tmp_pat
         ([], "the following arguments are required: RUN"),
         (["{tmp}", "--wandb", "mine"], "--wandb mine: must be ENTITY/PROJECT"),
         (["{tmp}", "--tsne", "-3"], "--tsne -3: must not be negative (0: leave it out)"),
+        (["{tmp}", "--figure", "x.jpg"], "--figure x.jpg: its name must end with .png, .pdf or .svg"),
+        (["{run}", "--figure", "{tmp}/none/x.png"], "--figure {tmp}/none/x.png: cannot be written"),
         (["{run}", "--tsne", "0", "--html", "{tmp}/none/x.html"], "--html {tmp}/none/x.html: cannot be written"),
     ],
 )

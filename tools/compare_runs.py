@@ -1,4 +1,4 @@
-"""Compare runs: python tools/compare_runs.py RUN... [--html FILE] [--wandb ENTITY/PROJECT] [--tsne IMAGES].
+"""Compare runs: python tools/compare_runs.py RUN... [--html FILE] [--figure FILE] [--wandb ENTITY/PROJECT].
 
 RUN is a run folder, such as runs/fashion_sew. Prints accuracy after every timestep as a Markdown table; the first run's
 group is the one that others are compared with. --html writes a page that needs no network, --wandb builds a W&B report.
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tdkd_dist.command_line import Parser
-from tdkd_dist.report import tables
+from tdkd_dist.report import figures, tables
 from tdkd_dist.report.page import write_page
 from tdkd_dist.report.runs import check_comparable, group_runs, load_runs
 
@@ -29,6 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as one HTML file")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against timesteps: .png, .pdf, .svg")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="build a W&B report there")
     parser.add_argument(
         "--tsne", type=int, default=1000, metavar="IMAGES", help="for t-SNE in the page; 0: leave it out"
@@ -36,6 +37,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.wandb is not None and args.wandb.count("/") != 1:
         raise ValueError(f"--wandb {args.wandb}: must be ENTITY/PROJECT")
+    if args.figure is not None and args.figure.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--figure {args.figure}: its name must end with .png, .pdf or .svg")
     if args.tsne < 0:
         raise ValueError(f"--tsne {args.tsne}: must not be negative (0: leave it out)")
     return args
@@ -53,6 +56,12 @@ def compare(args: argparse.Namespace) -> None:
         print("\n" + tables.markdown(paired))
     for note in notes:
         print(note)
+    if args.figure is not None:
+        try:
+            figures.accuracy_against_timestep(groups, args.figure)
+        except OSError as error:
+            raise ValueError(f"--figure {args.figure}: cannot be written ({error.strerror})") from error
+        print(f"figure: {args.figure}")
     if args.wandb is not None:
         from tdkd_dist.report import wandb_report
 

@@ -6,6 +6,7 @@ Shapes: S seeds, T timesteps, N images.
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,11 @@ SETTINGS = {
 }
 
 
-def accuracy_against_timestep(groups: Sequence[Group]) -> str:
+def accuracy_against_timestep(groups: Sequence[Group], file: Path | None = None) -> str:
     """Top-1 after t = 1..T: mean over seeds with a band of one standard deviation.
 
-    A network trained for fewer timesteps than the others is a dot at the number it was trained for.
+    A network trained for fewer timesteps than the others is a dot at the number it was trained for. `file` gets the
+    picture too, in the format that its name ends with.
     """
     longest = max(group.config.student.num_timesteps for group in groups)
     with _figure() as (figure, axes):
@@ -52,6 +54,8 @@ def accuracy_against_timestep(groups: Sequence[Group]) -> str:
         axes.set(xlabel="timesteps at inference", ylabel="top-1, %")
         axes.set_xticks(range(1, max(group.curves("top1").shape[1] for group in groups) + 1))
         _legend_below(axes)
+        if file is not None:
+            figure.savefig(file, dpi=200)
         return _svg(figure)
 
 
