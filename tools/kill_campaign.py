@@ -1,7 +1,7 @@
 """Kill a run on the two-node Slurm at random moments, and see whether it ends as the unhurt one does.
 
     eval "$(tools/slurm_sandbox.sh up)"
-    python tools/kill_campaign.py WORK [--kinds rank,all,node] [--count 20] [--seed 0] [--markdown FILE]
+    python tools/kill_campaign.py WORK [--kinds node,rank,all] [--count 20] [--seed 0] [--markdown FILE]
 
 Kinds: `rank` is SIGKILL of one rank, `all` of every rank, `node` of a node's slurmd, which is started again after it
 was missed. A checkpoint is saved at every other step, so many kills hit one being written. Survived means: the final
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.tracking import format_seconds, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("rank", "all", "node")
-EPOCHS, STEPS_PER_EPOCH = 100, 3
+KINDS = ("node", "rank", "all")
+EPOCHS, STEPS_PER_EPOCH = 300, 3
 NODES = ("tdkd-n1", "tdkd-n2")
 PATIENCE_S = 600
 
@@ -83,8 +84,8 @@ def start(data: Path, folder: Path) -> subprocess.Popen[str]:
     """Submit the run in `folder` and follow it."""
     arguments = (
         f"recipe=fashion_sew site=sandbox data.train={data} data.val={data} data.image_size=16 student.num_classes=3"
-        " student.width=8 student.num_timesteps=2 loss.alpha=0 train.batch_size=16 train.log_every=1"
-        f" train.epochs={EPOCHS} train.save_every_steps=2 eval.every=10 launcher.max_restarts=9"
+        " student.width=16 student.num_timesteps=4 loss.alpha=0 train.batch_size=16 train.log_every=1"
+        f" train.epochs={EPOCHS} train.save_every_steps=2 eval.every=30 launcher.max_restarts=9"
         f" launcher.hang_timeout_min=1 wandb.mode=disabled run.dir={folder}"
     ).split()
     command = [sys.executable, "launch/submit.py", *arguments]
@@ -103,28 +104,33 @@ def run_reference(work: Path, data: Path) -> RunFolder:
 
 def kill_once(work: Path, data: Path, reference: RunFolder, kind: str, number: int, seed: int) -> dict[str, Any]:
     """One run that is hurt once; what became of it."""
-    draw = random.Random(f"{seed} {kind} {number}")
-    folder = RunFolder(work / f"{kind}-{number:03d}")
-    process = start(data, folder.path)
-    wait_for_step(folder, draw.randint(1, int(0.9 * EPOCHS * STEPS_PER_EPOCH)))
-    time.sleep(draw.uniform(0, 0.2))  # anywhere within a step or a save
-    before, saving = last_step(folder), bool(list(folder.checkpoints.glob("*.tmp")))
-    hurt = hurt_node(draw) if kind == "node" else hurt_ranks(folder, draw, kind)
-    killed = time.monotonic()
-    resumed = wait_for_resumption(folder, process)
-    recovered = time.monotonic() - killed
+    folder, draw = RunFolder(work / f"{kind}-{number:03d}"), random.Random(f"{seed} {kind} {number}")
+    (row,) = hurt_run(folder, data, reference, [kind], draw)
+    return row | {"number": number}
+
+
+def hurt_run(
+    folder: RunFolder, data: Path, reference: RunFolder, kinds: Sequence[str], draw: random.Random
+) -> list[dict[str, Any]]:
+    """One run that is hurt in each of these ways, one after the other; what became of it, a row each."""
+    process, rows = start(data, folder.path), []
+    steps = EPOCHS * STEPS_PER_EPOCH
+    for k, kind in enumerate(kinds):
+        # Slurm misses a daemon only after a while, and until then the ranks go on.
+        first, share = int(0.9 * steps * k / len(kinds)), 0.2 if kind == "node" else 0.9 / len(kinds)
+        wait_for_step(folder, draw.randint(first + 1, first + int(share * steps)))
+        time.sleep(draw.uniform(0, 0.2))  # anywhere within a step or a save
+        before, saving = last_step(folder), bool(list(folder.checkpoints.glob("*.tmp")))
+        killed = time.monotonic()
+        hurt = hurt_node(draw) if kind == "node" else hurt_ranks(folder, draw, kind)
+        resumed = wait_for_resumption(folder, process, k + 1)
+        took = round(time.monotonic() - killed, 1)
+        rows.append({"kind": kind, "hurt": hurt, "during_save": saving, "step": before})
+        if resumed is not None:
+            rows[-1] |= {"steps_lost": before - resumed, "seconds_to_recover": took}
     process.communicate(timeout=PATIENCE_S)
     survived = process.returncode == 0 and same_weights(reference, folder)
-    return {
-        "kind": kind,
-        "number": number,
-        "hurt": hurt,
-        "survived": survived,
-        "during_save": saving,
-        "step": before,
-        "steps_lost": before - resumed if resumed is not None else None,
-        "seconds_to_recover": round(recovered, 1) if resumed is not None else None,
-    }
+    return [row | {"survived": survived} for row in rows]
 
 
 def hurt_ranks(folder: RunFolder, draw: random.Random, kind: str) -> int:
@@ -157,11 +163,11 @@ def wait_for_step(folder: RunFolder, step: int) -> None:
         time.sleep(0.1)
 
 
-def wait_for_resumption(folder: RunFolder, process: subprocess.Popen[str]) -> int | None:
-    """The step that the run went on from; None if the kill came too late to need it."""
+def wait_for_resumption(folder: RunFolder, process: subprocess.Popen[str], count: int) -> int | None:
+    """The step that the run went on from for the `count`-th time; None if it ended without."""
     while process.poll() is None:
         lines = [line for line in folder.log_file.read_text().splitlines() if line.startswith("resumed after epoch")]
-        if lines:
+        if len(lines) >= count:
             return int(lines[-1].rsplit(" ", 1)[1])
         time.sleep(0.2)
     return None
@@ -189,8 +195,8 @@ def summarise(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if row["kind"] == kind]
         if not own:
             continue
-        lost = [row["steps_lost"] for row in own if row["steps_lost"] is not None]
-        took = [row["seconds_to_recover"] for row in own if row["seconds_to_recover"] is not None]
+        lost = [row["steps_lost"] for row in own if "steps_lost" in row]
+        took = [row["seconds_to_recover"] for row in own if "seconds_to_recover" in row]
         cells = [
             kind,
             str(len(own)),

@@ -64,7 +64,9 @@ SlurmdLogFile=$home/log/slurmd-%n.log
 SlurmdTimeout=15
 MpiDefault=none
 ReturnToService=2
-PartitionName=main Nodes=$(echo $nodes | tr ' ' ,) Default=YES MaxTime=INFINITE State=UP
+EnforcePartLimits=ALL
+PartitionName=main Nodes=$(echo $nodes | tr ' ' ,) Default=YES MaxTime=1-00:00:00 State=UP
+PartitionName=closed Nodes=$(echo $nodes | tr ' ' ,) AllowAccounts=nobody State=UP
 END
     port=17001
     for node in $nodes; do

@@ -1,6 +1,9 @@
 """A real Slurm of two nodes on this machine (tools/slurm_sandbox.sh): preemption, cancelling, crashes, job arrays."""
 
+import importlib.util
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +125,23 @@ def test_a_run_requeued_cancelled_and_crashed_ends_as_the_uninterrupted_one(sand
     assert [row["epoch"] for row in read_rows(hurt.metrics_file) if "val/top1_t1" in row] == [*range(1, EPOCHS + 1)]
 
 
+def test_three_kills_leave_no_trace(sandbox, tmp_path, monkeypatch):
+    """CI's share of tools/kill_campaign.py: a rank, all ranks and a node's daemon, at random moments of one run."""
+    monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
+    spec = importlib.util.spec_from_file_location("kill_campaign", ROOT / "tools" / "kill_campaign.py")
+    assert spec is not None
+    assert spec.loader is not None
+    campaign = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(campaign)
+    data = campaign.prepare(tmp_path)
+    reference = campaign.run_reference(tmp_path, data)
+    rows = campaign.hurt_run(RunFolder(tmp_path / "hurt"), data, reference, campaign.KINDS, random.Random(0))
+    for row in rows:
+        assert row["hurt"]
+        assert row["survived"]
+        assert 0 <= row["steps_lost"] <= 4  # saved at every other step
+
+
 def test_a_sweep_is_one_job_array_of_the_code_as_it_was(sandbox, command, tmp_path):
     sweep = [*command, f"run.dir={tmp_path}", "run.name=s", "launcher.nodes=1", "train.epochs=1",
              "sweep.run.seed=[0,1]", "sweep.loss.beta=[0,0.5]"]  # fmt: skip
@@ -137,10 +157,38 @@ def test_a_sweep_is_one_job_array_of_the_code_as_it_was(sandbox, command, tmp_pa
     assert (snapshot / "tdkd_dist" / "train.py").read_bytes() == (ROOT / "tdkd_dist" / "train.py").read_bytes()
 
 
-def test_slurms_own_words_reach_the_user(sandbox, command, tmp_path):
-    code, said = finish(start(sandbox, *command, f"run.dir={tmp_path}/x", "launcher.partition=none"))
+def test_a_hundred_members_take_one_call_of_sbatch(sandbox, command, tmp_path):
+    calls, wrapper = tmp_path / "calls", tmp_path / "bin" / "sbatch"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\necho called >>{calls}\nexec {shutil.which("sbatch")} "$@"\n')
+    wrapper.chmod(0o755)
+    seeds = ",".join(map(str, range(100)))
+    sweep = [*command, f"run.dir={tmp_path}/runs", f"sweep.run.seed=[{seeds}]", "launcher.sbatch.begin=now+1hour"]
+    environment = sandbox | {"PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
+    process = start(environment, *sweep)
+    wait_for(lambda: calls.exists() and len(list((tmp_path / "runs").glob("*/job.json"))) == 100, "the submission")
+    process.send_signal(signal.SIGINT)
+    code, said = finish(process)
+    assert code == 130, said
+    assert "100 of 100 runs submitted as one job array" in said
+    assert calls.read_text().split() == ["called"]
+    waiting = subprocess.run(["squeue", "--noheader"], env=sandbox, capture_output=True, text=True).stdout
+    assert waiting == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["launcher.partition=none"], "sbatch: error: invalid partition specified: none"),
+        (["launcher.time_min=9999"], "Requested time limit is invalid (missing or exceeds some limit)"),
+        (["launcher.partition=closed", "launcher.account=mine"], "Invalid account or account/partition combination"),
+    ],
+)
+def test_slurms_own_words_reach_the_user(sandbox, command, tmp_path, options, words):
+    code, said = finish(start(sandbox, *command, f"run.dir={tmp_path}/x", *options))
     assert code == 2
-    assert "error: Slurm refused the job: sbatch: error: invalid partition specified: none" in said
+    assert "error: Slurm refused the job: sbatch: error: " in said
+    assert words in said
 
 
 def test_the_batch_script_is_shown_without_leaving_anything(sandbox, command, tmp_path):
