@@ -1,0 +1,231 @@
+"""The five training steps that `bench_step.py` compares. Each is a function of images and labels, and does one step.
+
+full          ours: student, teacher, all three losses, backward, optimiser, as a run does it
+student       our student alone: forward, cross-entropy of the mean logits, backward
+resnet        the limit: timm's plain ResNet of the same depth on T*B images, forward, cross-entropy, backward
+spikingjelly  its SEW-ResNet of the same depth, forward, cross-entropy of the mean logits, backward
+loop          as research code often has it: a Python loop over T in every neuron, eager, fp32, the input repeated T
+              times; student, teacher, all three losses, backward, optimiser
+
+Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdkd_dist import distributed
+from tdkd_dist.config import Config
+from tdkd_dist.engine import Engine
+from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
+from tdkd_dist.recipe import load_config
+from tdkd_dist.students import create_student
+from tdkd_dist.teachers import create_teacher
+from tdkd_dist.train import make_loss
+from tdkd_dist.validate import as_timesteps
+
+Step = Callable[[Tensor, Tensor], None]
+
+
+def make_config(options: argparse.Namespace) -> Config:
+    """The run whose step is measured: the ImageNet recipe with this student, batch, precision and T."""
+    settings = {
+        "student.model": options.student,
+        "student.num_timesteps": options.timesteps,
+        "teacher.name": options.teacher,
+        "teacher.pretrained": "false",
+        "data.image_size": options.size,
+        "train.batch_size": options.batch,
+        "train.micro_batch": options.batch,
+        "train.precision": options.precision,
+        "launcher.gpus_per_node": int(options.device == "cuda"),
+        "launcher.tasks_per_node": 1,
+    }
+    return load_config("imagenet_sew34", [f"{key}={value}" for key, value in settings.items()])
+
+
+def full(options: argparse.Namespace) -> Step:
+    """Our whole step."""
+    config, device = make_config(options), torch.device(options.device)
+    _join()
+    student = create_student(config.student).to(device)
+    engine = Engine(student, config, device=device, steps_per_epoch=1000, compiled=options.compile)
+    engine.student.train()
+    teacher = create_teacher(config.teacher, config.data, num_classes=1000, in_chans=3)
+    teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if options.compile:
+        teacher.compile()
+    loss = make_loss(config)
+    autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+
+    def step(images_BCHW: Tensor, labels_B: Tensor) -> None:
+        with autocast:
+            teacher_logits_BK = teacher(images_BCHW)
+        engine.backward(loss(as_timesteps(engine.forward(images_BCHW)), teacher_logits_BK, labels_B).total)
+        engine.update()
+
+    return step
+
+
+def student(options: argparse.Namespace) -> Step:
+    """Our student alone."""
+    net = create_student(make_config(options).student).train()
+    return _plain_step(options, net, lambda logits_TBK: logits_TBK.mean(0), compiled=options.compile)
+
+
+def resnet(options: argparse.Namespace) -> Step:
+    """The limit."""
+    net = timm.create_model(options.student.removeprefix("sew_"), num_classes=1000).train()
+    return _plain_step(options, net, lambda logits_BK: logits_BK, compiled=options.compile)
+
+
+def spikingjelly(options: argparse.Namespace) -> Step:
+    """Its network in multi-step mode, in the layout and the mode that `options.variant` names."""
+    from spikingjelly.activation_based import functional, neuron  # type: ignore[import-untyped]
+    from spikingjelly.activation_based.model import sew_resnet  # type: ignore[import-untyped]
+
+    neurons = make_config(options).student.neuron
+    lif = {"spiking_neuron": neuron.LIFNode, "v_reset": neurons.v_reset, "decay_input": False}
+    lif |= {"v_threshold": neurons.threshold, "tau": 1 / (1 - neurons.decay)}
+    net = getattr(sew_resnet, options.student)(num_classes=1000, cnf="ADD", **lif).train()
+    functional.set_step_mode(net, "m")
+    T = options.timesteps
+
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            functional.reset_net(self.net)
+            logits_TBK: Tensor = self.net(x_BCHW.unsqueeze(0).repeat(T, 1, 1, 1, 1))
+            return logits_TBK
+
+    return _plain_step(
+        options,
+        Repeated(),
+        lambda logits_TBK: logits_TBK.mean(0),
+        compiled="compiled" in options.variant,
+        channels_last="channels_last" in options.variant,
+    )
+
+
+class LoopedNeuron(nn.Module):
+    """A leaky integrate-and-fire layer over `[T*B, ...]`, one timestep after the other in plain autograd."""
+
+    def __init__(self, config: NeuronConfig, num_timesteps: int) -> None:
+        super().__init__()
+        self.config, self.num_timesteps = config, num_timesteps
+
+    def forward(self, x: Tensor, constant: bool = False) -> Tensor:
+        """Spikes, of the shape of `x`."""
+        config, v, spikes = self.config, None, []
+        v_r = config.v_reset or 0.0
+        for x_t in x.chunk(self.num_timesteps):
+            v = x_t + v_r if v is None else v_r + config.decay * (v - v_r) + x_t
+            s = _LoopedSpike.apply(v - config.threshold, config.slope)
+            v = v - config.threshold * s if config.v_reset is None else (1 - s) * v + s * v_r
+            spikes.append(s)
+        return torch.cat(spikes)
+
+
+class _LoopedSpike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, alpha: float) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.alpha = alpha
+        return (u >= 0).to(u)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (u,) = ctx.saved_tensors
+        y = (ctx.alpha * u).sigmoid()
+        return grad * y * (1 - y) * ctx.alpha, None
+
+
+def loop(options: argparse.Namespace) -> Step:
+    """As research code often has it."""
+    config, device, T = make_config(options), torch.device(options.device), options.timesteps
+    net = create_student(config.student)
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, SpikingNeuron):
+                setattr(module, name, LoopedNeuron(child.config, T))
+    net.to(device).train()
+    teacher = timm.create_model(options.teacher, num_classes=1000).to(device).eval()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9, weight_decay=2e-5)
+    alpha, beta, tau = config.loss.alpha, config.loss.beta, config.loss.temperature
+
+    def divergence(logits_BK: Tensor, target_BK: Tensor) -> Tensor:
+        scaled_BK, target_BK = F.log_softmax(logits_BK / tau, 1), F.softmax(target_BK / tau, 1)
+        return tau**2 * F.kl_div(scaled_BK, target_BK, reduction="batchmean")
+
+    def step(images_BCHW: Tensor, labels_B: Tensor) -> None:
+        with torch.no_grad():
+            teacher_logits_BK = teacher(images_BCHW)
+        logits_TBK = net(images_BCHW.unsqueeze(0).repeat(T, 1, 1, 1, 1))
+        mean_BK = logits_TBK.mean(0).detach()
+        loss = torch.zeros((), device=device)
+        for logits_BK in logits_TBK:
+            loss = loss + F.cross_entropy(logits_BK, labels_B)
+            loss = loss + alpha * divergence(logits_BK, teacher_logits_BK) + beta * divergence(logits_BK, mean_BK)
+        optimizer.zero_grad()
+        (loss / T).backward()
+        optimizer.step()
+
+    return step
+
+
+CONTESTANTS: dict[str, Callable[[argparse.Namespace], Step]] = {
+    "full": full,
+    "student": student,
+    "resnet": resnet,
+    "spikingjelly": spikingjelly,
+    "loop": loop,
+}
+
+
+def inputs(name: str, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Random images and labels on the device; for `resnet` as many as the others' T*B."""
+    device, n = torch.device(options.device), options.batch * (options.timesteps if name == "resnet" else 1)
+    images_BCHW = torch.randn(n, 3, options.size, options.size, device=device)
+    plain = name == "loop" or (name == "spikingjelly" and "channels_last" not in options.variant)
+    layout = torch.contiguous_format if plain else torch.channels_last
+    return images_BCHW.to(memory_format=layout), torch.randint(1000, (n,), device=device)
+
+
+def _plain_step(
+    options: argparse.Namespace,
+    net: nn.Module,
+    reduce: Callable[[Tensor], Tensor],
+    *,
+    compiled: bool,
+    channels_last: bool = True,
+) -> Step:
+    """Forward, cross-entropy of the reduced logits, backward; no optimiser."""
+    net.to(options.device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if compiled:
+        net.compile()
+    autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+
+    def step(x: Tensor, labels: Tensor) -> None:
+        net.zero_grad()
+        with autocast:
+            logits = reduce(net(x))
+        F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+def _join() -> None:
+    """A process group of one, for the engine."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519"}
+    for name, value in (defaults | {"GLOO_SOCKET_IFNAME": "lo"}).items():
+        os.environ.setdefault(name, value)
+    distributed.start(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
