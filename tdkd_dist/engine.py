@@ -78,6 +78,9 @@ class Engine:
             config=_deepspeed_config(config, autocast=use_bf16(config, device)),
             dist_init_required=False,
         )
+        if config.train.zero_stage == 0 and distributed.world_size() == 1:
+            # It would copy all gradients into a flat buffer and back, a tenth of a step on a CPU, to add up nothing.
+            self._deepspeed.enable_backward_allreduce = False
         if config.train.zero_stage == 0:
             # Not before: DeepSpeed's broadcast can't view channels_last weights as bytes. And not under ZeRO, whose
             # weights are views into flat buffers.

@@ -191,7 +191,10 @@ class Trainer:
             device=place.device,
             workers=place.workers,
         )
+        compiled = _compiles(config, loader.steps_per_epoch, place.device)
         teacher = _build_teacher(parts)
+        if teacher is not None and compiled:
+            teacher.compile(options={"freezing": True})  # which folds its batch norms into the convolutions
         if config.train.sync_bn and place.device.type == "cpu" and place.world_size > 1:
             log.say("train.sync_bn: ignored, batch norm is not synchronised on the CPU")
         engine = Engine(
@@ -199,7 +202,7 @@ class Trainer:
             config,
             device=place.device,
             steps_per_epoch=loader.steps_per_epoch,
-            compiled=_compiles(config, loader.steps_per_epoch, place.device),
+            compiled=compiled,
         )
         # Initialisation is the same on every rank; what the training itself draws is each rank's own.
         torch.manual_seed(config.run.seed * 100_003 + place.rank)

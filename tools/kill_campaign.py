@@ -4,7 +4,7 @@
     python tools/kill_campaign.py WORK [--kinds node,rank,all] [--count 20] [--seed 0] [--markdown FILE]
 
 Kinds: `rank` is SIGKILL of one rank, `all` of every rank, `node` of a node's slurmd, which is started again after it
-was missed. A checkpoint is saved at every other step, so many kills hit one being written. Survived means: the final
+was missed. A checkpoint is saved at every step, so many kills hit one being written. Survived means: the final
 weights equal the reference's, bit for bit. Goes on where it stopped: finished kills are kept in WORK/kills.jsonl.
 """
 
@@ -85,7 +85,7 @@ def start(data: Path, folder: Path) -> subprocess.Popen[str]:
     arguments = (
         f"recipe=fashion_sew site=sandbox data.train={data} data.val={data} data.image_size=16 student.num_classes=3"
         " student.width=16 student.num_timesteps=4 loss.alpha=0 train.batch_size=16 train.log_every=1"
-        f" train.epochs={EPOCHS} train.save_every_steps=2 eval.every=30 launcher.max_restarts=9"
+        f" train.epochs={EPOCHS} train.save_every_steps=1 eval.every=30 launcher.max_restarts=9"
         f" launcher.hang_timeout_min=1 wandb.mode=disabled run.dir={folder}"
     ).split()
     command = [sys.executable, "launch/submit.py", *arguments]
@@ -113,11 +113,12 @@ def hurt_run(
     folder: RunFolder, data: Path, reference: RunFolder, kinds: Sequence[str], draw: random.Random
 ) -> list[dict[str, Any]]:
     """One run that is hurt in each of these ways, one after the other; what became of it, a row each."""
-    process, rows = start(data, folder.path), []
+    process = start(data, folder.path)
+    rows: list[dict[str, Any]] = []
     steps = EPOCHS * STEPS_PER_EPOCH
     for k, kind in enumerate(kinds):
         # Slurm misses a daemon only after a while, and until then the ranks go on.
-        first, share = int(0.9 * steps * k / len(kinds)), 0.2 if kind == "node" else 0.9 / len(kinds)
+        first, share = int(0.9 * steps * k / len(kinds)), 0.15 if kind == "node" else 0.9 / len(kinds)
         wait_for_step(folder, draw.randint(first + 1, first + int(share * steps)))
         time.sleep(draw.uniform(0, 0.2))  # anywhere within a step or a save
         before, saving = last_step(folder), bool(list(folder.checkpoints.glob("*.tmp")))

@@ -60,7 +60,7 @@ def full(options: argparse.Namespace) -> Step:
     teacher = create_teacher(config.teacher, config.data, num_classes=1000, in_chans=3)
     teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if options.compile:
-        teacher.compile()
+        teacher.compile(options={"freezing": True})
     loss = make_loss(config)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 

@@ -71,7 +71,7 @@ def _outcome(groups: list[Group]) -> list[str]:
             parts += [
                 "<h2>Paired differences</h2>",
                 "<p>Percentage points, seed by seed, with the 95 % confidence interval of their mean (Student's t)."
-                " Anything under two standard errors is called not resolved.</p>",
+                " Under two standard errors, or with 0 in the interval, it is called not resolved.</p>",
                 tables.as_html(paired),
             ]
     matrix = tables.matrix_table(groups)

@@ -157,8 +157,8 @@ class PairedDifference:
 
     @property
     def resolved(self) -> bool:
-        """Whether it is at least two standard errors from 0."""
-        return self.seeds > 1 and abs(self.mean) >= 2 * self.standard_error
+        """Whether it is two standard errors or more from 0, and its interval (wider for few seeds) leaves 0 out."""
+        return self.seeds > 1 and abs(self.mean) >= 2 * self.standard_error and not self.low <= 0 <= self.high
 
 
 def paired_differences(group: Group, reference: Group) -> list[PairedDifference]:

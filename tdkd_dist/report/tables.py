@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tdkd_dist.report.runs import Group, differences, paired_differences, spread
+from tdkd_dist.report.runs import Group, PairedDifference, differences, paired_differences, spread
 
 Rows = list[list[str]]
 """The head first."""
@@ -125,7 +125,7 @@ def as_html(rows: Rows) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _difference(d: Any) -> str:
+def _difference(d: PairedDifference) -> str:
     if d.seeds < 2:
         return f"{d.mean:+.2f}"
     verdict = "" if d.resolved else ", not resolved"

@@ -139,7 +139,7 @@ def test_three_kills_leave_no_trace(sandbox, tmp_path, monkeypatch):
     for row in rows:
         assert row["hurt"]
         assert row["survived"]
-        assert 0 <= row["steps_lost"] <= 4  # saved at every other step
+        assert 0 <= row["steps_lost"] <= 4  # saved at every step
 
 
 def test_a_sweep_is_one_job_array_of_the_code_as_it_was(sandbox, command, tmp_path):
