@@ -31,7 +31,7 @@ from tdkd_dist.tracking import format_seconds, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("node", "rank", "all")
-EPOCHS, STEPS_PER_EPOCH = 300, 3
+EPOCHS, STEPS_PER_EPOCH = 500, 3
 NODES = ("tdkd-n1", "tdkd-n2")
 PATIENCE_S = 600
 
@@ -50,8 +50,8 @@ def main() -> int:
     reference = run_reference(work, data)
     record = work / "kills.jsonl"
     done = {(row["kind"], row["number"]): row for row in read_rows(record)}
-    for kind in args.kinds.split(","):
-        for number in range(args.count):
+    for number in range(args.count):
+        for kind in args.kinds.split(","):
             if (kind, number) in done:
                 continue
             row = kill_once(work, data, reference, kind, number, args.seed)
@@ -85,7 +85,7 @@ def start(data: Path, folder: Path) -> subprocess.Popen[str]:
     arguments = (
         f"recipe=fashion_sew site=sandbox data.train={data} data.val={data} data.image_size=16 student.num_classes=3"
         " student.width=16 student.num_timesteps=4 loss.alpha=0 train.batch_size=16 train.log_every=1"
-        f" train.epochs={EPOCHS} train.save_every_steps=1 eval.every=30 launcher.max_restarts=9"
+        f" train.epochs={EPOCHS} train.save_every_steps=1 eval.every=50 launcher.max_restarts=9"
         f" launcher.hang_timeout_min=1 wandb.mode=disabled run.dir={folder}"
     ).split()
     command = [sys.executable, "launch/submit.py", *arguments]
@@ -124,11 +124,11 @@ def hurt_run(
         before, saving = last_step(folder), bool(list(folder.checkpoints.glob("*.tmp")))
         killed = time.monotonic()
         hurt = hurt_node(draw) if kind == "node" else hurt_ranks(folder, draw, kind)
-        resumed = wait_for_resumption(folder, process, k + 1)
+        lost = wait_for_resumption(folder, process, k + 1, before)
         took = round(time.monotonic() - killed, 1)
         rows.append({"kind": kind, "hurt": hurt, "during_save": saving, "step": before})
-        if resumed is not None:
-            rows[-1] |= {"steps_lost": before - resumed, "seconds_to_recover": took}
+        if lost is not None:
+            rows[-1] |= {"steps_lost": lost, "seconds_to_recover": took}
     process.communicate(timeout=PATIENCE_S)
     survived = process.returncode == 0 and same_weights(reference, folder)
     return [row | {"survived": survived} for row in rows]
@@ -145,12 +145,17 @@ def hurt_ranks(folder: RunFolder, draw: random.Random, kind: str) -> int:
 
 
 def hurt_node(draw: random.Random) -> str:
-    """SIGKILL a node's daemon, and start it again when Slurm has missed it."""
+    """SIGKILL a node's daemon, and start it again when Slurm has given up on the node."""
     node = draw.choice(NODES)
     for process in psutil.process_iter(["name", "cmdline"]):
         if process.info["name"] == "slurmd" and node in process.info["cmdline"]:
             process.kill()
-    time.sleep(25)  # SlurmdTimeout is 15
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        asked = subprocess.run(["sinfo", "-h", "-n", node, "-o", "%T"], capture_output=True, text=True)
+        if "down" in asked.stdout:
+            break
+        time.sleep(0.5)
     subprocess.run(["slurmd", "-N", node], check=True, env=os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin"})
     return node
 
@@ -164,12 +169,16 @@ def wait_for_step(folder: RunFolder, step: int) -> None:
         time.sleep(0.1)
 
 
-def wait_for_resumption(folder: RunFolder, process: subprocess.Popen[str], count: int) -> int | None:
-    """The step that the run went on from for the `count`-th time; None if it ended without."""
+def wait_for_resumption(folder: RunFolder, process: subprocess.Popen[str], count: int, step: int) -> int | None:
+    """Until the run resumes for the `count`-th time; how many steps it must do again, None if it ends without.
+
+    `step` is the last one seen so far.
+    """
     while process.poll() is None:
         lines = [line for line in folder.log_file.read_text().splitlines() if line.startswith("resumed after epoch")]
         if len(lines) >= count:
-            return int(lines[-1].rsplit(" ", 1)[1])
+            return step - int(lines[-1].rsplit(" ", 1)[1])
+        step = max(step, last_step(folder))  # it may go on for a while
         time.sleep(0.2)
     return None
 
