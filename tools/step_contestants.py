@@ -25,7 +25,7 @@ from tdkd_dist.config import Config
 from tdkd_dist.engine import Engine
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.recipe import load_config
-from tdkd_dist.students import create_student
+from tdkd_dist.students import SpikingNet, create_student
 from tdkd_dist.teachers import create_teacher
 from tdkd_dist.train import make_loss
 from tdkd_dist.validate import as_timesteps
@@ -117,22 +117,47 @@ def spikingjelly(options: argparse.Namespace) -> Step:
 
 
 class LoopedNeuron(nn.Module):
-    """A leaky integrate-and-fire layer over `[T*B, ...]`, one timestep after the other in plain autograd."""
+    """A leaky integrate-and-fire layer over `[B*T, ...]`, samples first, one timestep after the other in autograd."""
 
     def __init__(self, config: NeuronConfig, num_timesteps: int) -> None:
         super().__init__()
         self.config, self.num_timesteps = config, num_timesteps
 
-    def forward(self, x: Tensor, constant: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Spikes, of the shape of `x`."""
-        config, v, spikes = self.config, None, []
+        config, spikes = self.config, []
+        x_BT = x.view(-1, self.num_timesteps, *x.shape[1:])
         v_r = config.v_reset or 0.0
-        for x_t in x.chunk(self.num_timesteps):
-            v = x_t + v_r if v is None else v_r + config.decay * (v - v_r) + x_t
+        v: Tensor | float = v_r
+        for t in range(self.num_timesteps):
+            v = v_r + config.decay * (v - v_r) + x_BT[:, t]
             s = _LoopedSpike.apply(v - config.threshold, config.slope)
             v = v - config.threshold * s if config.v_reset is None else (1 - s) * v + s * v_r
             spikes.append(s)
-        return torch.cat(spikes)
+        return torch.stack(spikes, dim=1).flatten(0, 1)
+
+
+class LoopedNet(nn.Module):
+    """Our student's layers around looped neurons: every layer sees B*T images, the first one too."""
+
+    def __init__(self, net: SpikingNet) -> None:
+        super().__init__()
+        self.net, self.num_timesteps = net, net.num_timesteps
+        for module in list(net.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, SpikingNeuron):
+                    setattr(module, name, LoopedNeuron(child.config, net.num_timesteps))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits `[T, B, K]`."""
+        net = self.net
+        x = images_BCHW.unsqueeze(1).repeat(1, self.num_timesteps, 1, 1, 1).flatten(0, 1)
+        x = net.bn1(net.conv1(x))
+        x = net.maxpool(x if net.sn1 is None else net.sn1(x))
+        for stage in net.stages:
+            x = stage(x)
+        logits: Tensor = net.fc(x.mean((2, 3)))
+        return logits.view(-1, self.num_timesteps, logits.shape[-1]).transpose(0, 1)
 
 
 class _LoopedSpike(torch.autograd.Function):
@@ -152,12 +177,9 @@ class _LoopedSpike(torch.autograd.Function):
 def loop(options: argparse.Namespace) -> Step:
     """As research code often has it."""
     config, device, T = make_config(options), torch.device(options.device), options.timesteps
-    net = create_student(config.student)
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, SpikingNeuron):
-                setattr(module, name, LoopedNeuron(child.config, T))
-    net.to(device).train()
+    student = create_student(config.student)
+    assert isinstance(student, SpikingNet)
+    net = LoopedNet(student).to(device).train()
     teacher = timm.create_model(options.teacher, num_classes=1000).to(device).eval()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9, weight_decay=2e-5)
     alpha, beta, tau = config.loss.alpha, config.loss.beta, config.loss.temperature
@@ -169,7 +191,7 @@ def loop(options: argparse.Namespace) -> Step:
     def step(images_BCHW: Tensor, labels_B: Tensor) -> None:
         with torch.no_grad():
             teacher_logits_BK = teacher(images_BCHW)
-        logits_TBK = net(images_BCHW.unsqueeze(0).repeat(T, 1, 1, 1, 1))
+        logits_TBK = net(images_BCHW)
         mean_BK = logits_TBK.mean(0).detach()
         loss = torch.zeros((), device=device)
         for logits_BK in logits_TBK:
