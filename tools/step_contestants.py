@@ -13,6 +13,7 @@ Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from tdkd_dist import distributed
 from tdkd_dist.config import Config
-from tdkd_dist.engine import Engine
+from tdkd_dist.engine import Engine, use_bf16
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.recipe import load_config
 from tdkd_dist.students import SpikingNet, create_student
@@ -52,21 +53,30 @@ def make_config(options: argparse.Namespace) -> Config:
 
 def full(options: argparse.Namespace) -> Step:
     """Our whole step."""
-    config, device = make_config(options), torch.device(options.device)
-    _join()
+    join(0, 1, 29519, options.device)
+    return make_step(make_config(options), torch.device(options.device), compiled=options.compile)
+
+
+def make_step(config: Config, device: torch.device, *, compiled: bool) -> Step:
+    """A run's optimiser step on this rank, with a teacher of random weights; the process group must exist."""
+    torch.manual_seed(0)
     student = create_student(config.student).to(device)
-    engine = Engine(student, config, device=device, steps_per_epoch=1000, compiled=options.compile)
+    engine = Engine(student, config, device=device, steps_per_epoch=1000, compiled=compiled)
     engine.student.train()
-    teacher = create_teacher(config.teacher, config.data, num_classes=1000, in_chans=3)
-    teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if options.compile:
-        teacher.compile(options={"freezing": True})
+    teacher: nn.Module | None = None
+    if config.loss.alpha:
+        plain = replace(config.teacher, checkpoint=None, pretrained=False)
+        classes, channels = config.student.num_classes, config.student.in_chans
+        teacher = create_teacher(plain, config.data, num_classes=classes, in_chans=channels)
+        teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compiled:
+            teacher.compile(options={"freezing": True})
     loss = make_loss(config)
-    autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config, device))
 
     def step(images_BCHW: Tensor, labels_B: Tensor) -> None:
         with autocast:
-            teacher_logits_BK = teacher(images_BCHW)
+            teacher_logits_BK = teacher(images_BCHW) if teacher is not None else None
         engine.backward(loss(as_timesteps(engine.forward(images_BCHW)), teacher_logits_BK, labels_B).total)
         engine.update()
 
@@ -245,9 +255,14 @@ def _plain_step(
     return step
 
 
-def _join() -> None:
-    """A process group of one, for the engine."""
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519"}
-    for name, value in (defaults | {"GLOO_SOCKET_IFNAME": "lo"}).items():
-        os.environ.setdefault(name, value)
-    distributed.start(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+def join(rank: int, world_size: int, port: int, device: str) -> None:
+    """Join a process group on this machine."""
+    facts = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in facts.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
+    distributed.start(torch.device(device))
