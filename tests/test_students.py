@@ -549,3 +549,15 @@ def test_the_papers_relu_teachers(name):
         own = net.state_dict()
         assert names.keys() == own.keys()
         assert [n for n in names if names[n].shape != own[n].shape] == ["conv1.weight"]
+
+
+def test_the_relu_network_of_a_students_shape():
+    relu = create_student(StudentConfig(model="relu_resnet18", num_classes=10, width=24))
+    sew = create_student(StudentConfig(model="sew_resnet18", num_classes=10, width=24))
+    assert {n: p.shape for n, p in relu.named_parameters()} == {n: p.shape for n, p in sew.named_parameters()}
+    torchvision = pytest.importorskip("torchvision")
+    peer = torchvision.models.resnet18(num_classes=10).eval()
+    own = create_student(StudentConfig(model="relu_resnet18", num_classes=10)).eval()
+    own.load_state_dict(peer.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(own(x), peer(x), rtol=1e-5, atol=1e-5)

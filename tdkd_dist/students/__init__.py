@@ -41,10 +41,12 @@ def create_student(cfg: StudentConfig) -> nn.Module:
     if cfg.connect is not None and cfg.model not in _SEW:
         raise ValueError(f"student.connect={cfg.connect}: {cfg.model} has no such choice, only SEW-ResNets do")
     only_spiking = {"width": cfg.width, "drop_path": cfg.drop_path or None, "zero_init_last": cfg.zero_init_last}
+    arguments: dict[str, Any] = {"num_classes": cfg.num_classes, "in_chans": cfg.in_chans}
+    if cfg.model in relu_resnet.default_cfgs:
+        arguments["width"] = only_spiking.pop("width")
     for key, value in only_spiking.items():
         if value is not None and not spiking:
             raise ValueError(f"student.{key}={value}: {cfg.model} has no such choice, only spiking students do")
-    arguments: dict[str, Any] = {"num_classes": cfg.num_classes, "in_chans": cfg.in_chans}
     if spiking:
         arguments |= {
             "num_timesteps": cfg.num_timesteps,

@@ -1,6 +1,7 @@
 """The ReLU networks that taught the paper's CIFAR and CIFAR10-DVS students: ResNets for small images (Yu et al. 2025).
 
-timm has no ResNet with a 3x3 stem at full resolution. Names of the parameters are torchvision's.
+timm has no ResNet with a 3x3 stem at full resolution, nor a ResNet-18 of another width, to be compared with a student
+that is as narrow. Names of the parameters are torchvision's.
 
 Shapes: x is `[B, C, H, W]`.
 """
@@ -32,7 +33,10 @@ class ReluBlock(nn.Module):
 
 
 class ReluResNet(nn.Module):
-    """Stem conv3x3 - BN - ReLU, `ReluBlock`s, spatial mean, classifier behind an optional hidden layer."""
+    """Stem conv3x3 - BN - ReLU, `ReluBlock`s, spatial mean, classifier behind an optional hidden layer.
+
+    `small_stem=False`: a 7x7 convolution of stride 2 and a max-pool instead, for images of 224 pixels.
+    """
 
     default_cfg: dict[str, Any]
 
@@ -44,9 +48,12 @@ class ReluResNet(nn.Module):
         in_chans: int = 3,
         width: int = 64,
         hidden: int | None = None,
+        small_stem: bool = True,
     ) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv3x3(in_chans, width), nn.BatchNorm2d(width)
+        self.conv1 = conv3x3(in_chans, width) if small_stem else nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
         channels = width
         self.stages = [f"layer{stage + 1}" for stage in range(len(depths))]
         for stage, (name, depth) in enumerate(zip(self.stages, depths, strict=True)):
@@ -66,7 +73,7 @@ class ReluResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Feature maps, before pooling."""
-        x = relu(self.bn1(self.conv1(x)))
+        x = self.maxpool(relu(self.bn1(self.conv1(x))))
         for name in self.stages:
             x = getattr(self, name)(x)
         return x
@@ -93,7 +100,14 @@ default_cfgs = generate_default_cfgs(
         name: {"input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc", **base.CIFAR10}
         for name in ("cifar_resnet18", "cifar_resnet19", "cifar_resnet34")
     }
+    | {"relu_resnet18": {"input_size": (3, 224, 224), "first_conv": "conv1", "classifier": "fc"}}
 )
+
+
+@base.register
+def relu_resnet18(pretrained: bool = False, **kwargs: Any) -> ReluResNet:
+    """torchvision's ResNet-18 with a choice of width: the ordinary network beside `sew_resnet18`."""
+    return base.build(ReluResNet, "relu_resnet18", pretrained, depths=(2, 2, 2, 2), small_stem=False, **kwargs)
 
 
 @base.register
