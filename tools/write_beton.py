@@ -14,12 +14,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
-
-if __name__ == "__main__":
-    # Importing the package registers the students with timm: ten seconds that a tool without networks can save.
-    sys.modules["tdkd_dist"] = package = ModuleType("tdkd_dist")
-    package.__path__ = [str(Path(__file__).resolve().parent.parent / "tdkd_dist")]
 
 from tdkd_dist.command_line import Parser
 from tdkd_dist.data.beton import Manifest, WriteOptions, up_to_date, write
