@@ -155,7 +155,7 @@ def run_sweep(configs: "list[Config]") -> int:
 def run_array(configs: "list[Config]", weights: list[str | None]) -> dict[str, int]:
     """A sweep on Slurm, followed member by member; each one's exit status. Ctrl-C stops all members."""
     from tdkd_dist import scheduler, submission
-    from tdkd_dist.follow import FINISHED, Follower
+    from tdkd_dist.follow import FINISHED, STOPPED, Follower
     from tdkd_dist.run_folder import RunFolder
 
     outcomes = {config.run.name: FINISHED for config in configs}
@@ -166,14 +166,18 @@ def run_array(configs: "list[Config]", weights: list[str | None]) -> dict[str, i
         folders[k].create(configs[k])
     home = folders[0].path.parent / "sweep"
     jobs = submission.submit_array([configs[k] for k in left], [weights[k] for k in left], home) if left else []
-    print(f"{len(left)} of {len(configs)} runs submitted as one job array", flush=True)
-    followers = [Follower(job, folders[k], "slurm") for k, job in zip(left, jobs, strict=True)]
-    for k, follower in zip(left, followers, strict=True):
-        print(f"\n{configs[k].run.name}", flush=True)
-        outcomes[configs[k].run.name] = follower.follow()
-        if follower.interrupted:
-            for job in jobs:
-                scheduler.ask_to_stop("slurm", str(job.job_id))
+    outcomes |= {configs[k].run.name: STOPPED for k in left}
+    try:
+        print(f"{len(left)} of {len(configs)} runs submitted as one job array", flush=True)
+        for k, job in zip(left, jobs, strict=True):
+            print(f"\n{configs[k].run.name}", flush=True)
+            follower = Follower(job, folders[k], "slurm")
+            outcomes[configs[k].run.name] = follower.follow()
+            if follower.interrupted:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        for job in jobs:
+            scheduler.ask_to_stop("slurm", str(job.job_id))
     return outcomes
 
 

@@ -12,12 +12,17 @@ from typing import Any
 class _WithTimm(MetaPathFinder):
     """Registers the students when timm is imported, which takes ten seconds that a status line can do without."""
 
+    _asking = False
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """timm's own spec, with the registration after it; None for other modules."""
-        if fullname != "timm":
+        if fullname != "timm" or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("timm")
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec("timm")
+        finally:
+            self._asking = False
         if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module
@@ -31,9 +36,9 @@ class _WithTimm(MetaPathFinder):
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name != "students":
+    if name not in ("losses", "neurons", "students", "weights"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("tdkd_dist.students")
+    return importlib.import_module(f"tdkd_dist.{name}")
 
 
 if "timm" in sys.modules:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import tempfile
 import time
 import traceback
@@ -126,8 +127,12 @@ def cores_per_rank(ranks_on_node: int) -> int:
 def keep_caches_local() -> None:
     """Keep compiled code in a folder of this user's on the node's own disk, unless the environment says otherwise."""
     caches = Path(tempfile.gettempdir()) / f"tdkd-dist-{os.getuid()}"
-    caches.mkdir(mode=0o700, exist_ok=True)
-    if caches.stat().st_uid != os.getuid():
+    try:
+        caches.mkdir(mode=0o700, exist_ok=True)
+    except OSError:
+        return
+    found = caches.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         return  # what is loaded from there is run: not from a folder that somebody else made
     for variable, name in CACHES.items():
         os.environ.setdefault(variable, str(caches / name))

@@ -29,7 +29,7 @@ from typing import Any
 from tdkd_dist.config import Config, flatten
 from tdkd_dist.recipe import read_config, save_config
 
-MAY_DIFFER = ("train.epochs", "train.max_steps", "train.save_", "train.keep_", "launcher.", "run.")
+MAY_DIFFER = ("train.epochs", "train.max_steps", "train.save_", "train.keep_", "launcher.", "wandb.timeout_s", "run.")
 """Keys that may change when a run is resumed: its length and where it runs (`run.` is checked on its own)."""
 PACKAGES = ("torch", "timm", "deepspeed", "ffcv", "submitit", "wandb", "numpy", "safetensors", "tdkd-dist")
 

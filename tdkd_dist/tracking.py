@@ -207,7 +207,6 @@ class Record:
             self._log.say(f"W&B is off: {type(error).__name__}: {error}")
 
     def _init_wandb(self, wandb: Any, config: Config, mode: str) -> Any:
-        timeout_s = config.wandb.timeout_s
         arguments = {
             "project": config.wandb.project,
             "entity": config.wandb.entity,
@@ -217,9 +216,8 @@ class Record:
             "dir": str(self._folder.path),
             "config": flatten(config),
             "settings": wandb.Settings(
-                init_timeout=timeout_s,
-                # A preempted job must be requeued before Slurm's patience ends.
-                finish_timeout=min(timeout_s, config.launcher.signal_delay_s / 3) or timeout_s,
+                init_timeout=config.wandb.timeout_s,
+                finish_timeout=_patience_at_the_end(config),
                 finish_timeout_raises=True,
             ),
         }
@@ -239,6 +237,13 @@ class Record:
         except Exception as error:
             self._log.say(f"W&B stopped: {type(error).__name__}: {error}; the JSONL record goes on")
             self._wandb = None
+
+
+def _patience_at_the_end(config: Config) -> float:
+    """Seconds; on Slurm a third of the notice at most, since a preempted job must be requeued before it is over."""
+    notice_s = config.launcher.signal_delay_s
+    in_time = "SLURM_JOB_ID" not in os.environ or notice_s == 0
+    return config.wandb.timeout_s if in_time else min(config.wandb.timeout_s, notice_s / 3)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

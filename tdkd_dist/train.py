@@ -280,7 +280,8 @@ class Trainer:
                 x_BCHW, labels = self.mixer(
                     self.parts.normalise(images_BCHW), labels_B, progress.global_step, micro_batch
                 )
-                with self.parts.autocast:
+                # Inductor folds the compiled teacher's batch norms only where no gradient could be wanted.
+                with torch.no_grad(), self.parts.autocast:
                     teacher_logits_BK = self.teacher(x_BCHW) if self.teacher is not None else None
                 logits_TBK = as_timesteps(engine.forward(x_BCHW))
                 terms = self.loss(logits_TBK, teacher_logits_BK, labels)

@@ -16,6 +16,8 @@ def run(code: str) -> str:
         "import tdkd_dist, timm; print(timm.is_model('sew_resnet34'))",
         "import timm, tdkd_dist; print(timm.is_model('sew_resnet34'))",
         "import tdkd_dist; print(hasattr(tdkd_dist.students, 'create_student'))",
+        "import tdkd_dist, importlib.util; importlib.util.find_spec('timm'); import timm;"
+        " print(timm.is_model('sew_resnet34'))",
         "from tdkd_dist.students import create_student; import timm; print(timm.is_model('ms_resnet18'))",
     ],
 )

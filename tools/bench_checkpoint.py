@@ -3,7 +3,8 @@
     python tools/bench_checkpoint.py [--student sew_resnet34 ...] [--folder DIR] [--rounds 5] [--markdown FILE]
 
 One rank, fp32, SGD with momentum and a moving average of the weights. `--folder` is the file system to measure. The
-peer is a bare `torch.save` of the same tensors and a flush to the disk, measured in the same run.
+peer is a bare `torch.save` of as many tensors, measured in the same run. Neither waits for the disk itself: a
+checkpoint that a power cut spoils is found by its checksums.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
             f"One rank, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};"
             f" median of {args.rounds} rounds (least to most).",
             "",
-            "| student | size | bare torch.save and fsync | our save | ratio | restore | of 15 minutes |",
+            "| student | size | bare torch.save | our save | ratio | restore | of 30 minutes |",
             "|---|---|---|---|---|---|---|",
         ]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -76,19 +77,16 @@ def measure(name: str, folder: Path, rounds: int) -> str:
         newest = checkpoint.list_checkpoints(here)[0]
         size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
     ratio = statistics.median(save / bare for save, bare in zip(saves, bares, strict=True))
-    share = statistics.median(saves) / (15 * 60)
+    share = statistics.median(saves) / (30 * 60)
     cells = [name, f"{size / 1e6:.0f} MB", show(bares), show(saves), f"{ratio:.2f}", show(restores), f"{share:.2%}"]
     return f"| {' | '.join(cells)} |"
 
 
 def save_bare(engine: Engine, path: Path) -> None:
-    """The engine's tensors, in the plainest way that reaches the disk."""
+    """As many tensors as the engine's state, in the plainest way."""
     networks = [engine.student.state_dict(), engine.deployed.state_dict()]
-    momenta = [p.grad if p.grad is not None else p for p in engine.student.parameters()]
-    with path.open("wb") as stream:
-        torch.save([networks, momenta], stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    momenta = [torch.zeros_like(p) for p in engine.student.parameters()]
+    torch.save([networks, momenta], path)
 
 
 def seconds(action: Callable[[], object]) -> float:

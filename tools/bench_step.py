@@ -26,7 +26,7 @@ from step_contestants import CONTESTANTS, inputs
 from tdkd_dist.command_line import Parser
 from tdkd_dist.run_folder import write_json
 
-VARIANTS = ("eager", "eager channels_last", "compiled")
+VARIANTS = ("eager", "eager channels_last", "compiled", "compiled channels_last")
 """Ways to run spikingjelly."""
 
 
@@ -78,6 +78,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     unknown = set(options.only.split(",")) - set(CONTESTANTS)
     if unknown:
         raise ValueError(f"--only {','.join(sorted(unknown))}: choose from {', '.join(CONTESTANTS)}")
+    for name in ("timesteps", "batch", "size", "rounds", "steps"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU here")
     return options
@@ -129,8 +132,12 @@ class Contest:
             except RuntimeError as error:
                 results[name] = {"error": str(error)}
         for k in range(self._options.rounds):
-            for worker in self._workers:
-                results[worker.name]["seconds"].append(worker.ask("round"))
+            for worker in list(self._workers):
+                try:
+                    results[worker.name]["seconds"].append(worker.ask("round"))
+                except RuntimeError as error:
+                    results[worker.name] = {"error": str(error)}
+                    self._workers.remove(worker)
             say(f"round {k + 1} of {self._options.rounds}")
         for worker in self._workers:
             results[worker.name]["peak_mib"] = worker.ask("end")
@@ -153,7 +160,7 @@ class Contest:
     def _fastest(self) -> Worker:
         """spikingjelly in the variant that is the fastest in a first round."""
         best: tuple[float, Worker] | None = None
-        for variant in VARIANTS if self._options.compile else VARIANTS[:-1]:
+        for variant in VARIANTS if self._options.compile else VARIANTS[:2]:
             try:
                 worker = self._start("spikingjelly", variant)
                 took = worker.ask("round")

@@ -114,6 +114,22 @@ def hurt_run(
 ) -> list[dict[str, Any]]:
     """One run that is hurt in each of these ways, one after the other; what became of it, a row each."""
     process = start(data, folder.path)
+    try:
+        rows = hurt_process(process, folder, kinds, draw)
+        process.communicate(timeout=PATIENCE_S)
+        survived = process.returncode == 0 and same_weights(reference, folder)
+    except (TimeoutError, subprocess.TimeoutExpired):
+        subprocess.run(["scancel", "--me"], check=False)
+        raise
+    finally:
+        process.kill()
+    return [row | {"survived": survived} for row in rows]
+
+
+def hurt_process(
+    process: subprocess.Popen[str], folder: RunFolder, kinds: Sequence[str], draw: random.Random
+) -> list[dict[str, Any]]:
+    """Hurt a run that has been submitted; what each time cost."""
     rows: list[dict[str, Any]] = []
     steps = EPOCHS * STEPS_PER_EPOCH
     for k, kind in enumerate(kinds):
@@ -126,12 +142,9 @@ def hurt_run(
         hurt = hurt_node(draw) if kind == "node" else hurt_ranks(folder, draw, kind)
         lost = wait_for_resumption(folder, process, k + 1, before)
         took = round(time.monotonic() - killed, 1)
-        rows.append({"kind": kind, "hurt": hurt, "during_save": saving, "step": before})
-        if lost is not None:
-            rows[-1] |= {"steps_lost": lost, "seconds_to_recover": took}
-    process.communicate(timeout=PATIENCE_S)
-    survived = process.returncode == 0 and same_weights(reference, folder)
-    return [row | {"survived": survived} for row in rows]
+        rows.append({"kind": kind, "hurt": hurt, "during_save": saving, "step": before, "steps_lost": lost})
+        rows[-1]["seconds_to_recover"] = None if lost is None else took
+    return rows
 
 
 def hurt_ranks(folder: RunFolder, draw: random.Random, kind: str) -> int:
@@ -165,7 +178,7 @@ def wait_for_step(folder: RunFolder, step: int) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while last_step(folder) < step:
         if time.monotonic() > deadline:
-            raise SystemExit(f"{folder.path} did not reach step {step} within {PATIENCE_S} s")
+            raise TimeoutError(f"{folder.path} did not reach step {step} within {PATIENCE_S} s")
         time.sleep(0.1)
 
 
@@ -174,7 +187,10 @@ def wait_for_resumption(folder: RunFolder, process: subprocess.Popen[str], count
 
     `step` is the last one seen so far.
     """
+    deadline = time.monotonic() + PATIENCE_S
     while process.poll() is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{folder.path} did not resume within {PATIENCE_S} s")
         lines = [line for line in folder.log_file.read_text().splitlines() if line.startswith("resumed after epoch")]
         if len(lines) >= count:
             return step - int(lines[-1].rsplit(" ", 1)[1])
@@ -205,8 +221,8 @@ def summarise(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if row["kind"] == kind]
         if not own:
             continue
-        lost = [row["steps_lost"] for row in own if "steps_lost" in row]
-        took = [row["seconds_to_recover"] for row in own if "seconds_to_recover" in row]
+        lost = [row["steps_lost"] for row in own if row["steps_lost"] is not None]
+        took = [row["seconds_to_recover"] for row in own if row["seconds_to_recover"] is not None]
         cells = [
             kind,
             str(len(own)),

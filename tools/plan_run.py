@@ -12,7 +12,6 @@ in docs/scaling.md.
 import argparse
 import math
 import os
-import socket
 import statistics
 import sys
 import time
@@ -23,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from step_contestants import join, make_step
+from step_contestants import free_port, join, make_step
+from torch import nn
 
 from tdkd_dist.command_line import Parser
 from tdkd_dist.config import Config
@@ -32,6 +32,7 @@ from tdkd_dist.students import create_student
 from tdkd_dist.tracking import format_seconds
 
 GPUS = "1,2,4,8,16,32,64,128,256,512"
+GPU_GB_S = 200.0
 
 
 @dataclass
@@ -61,17 +62,27 @@ class Plan:
 
 
 def predict(
-    config: Config, size: int, links: Links, micro_s: float, *, ranks: int, ranks_per_node: int, images: int
+    config: Config,
+    size: int,
+    links: Links,
+    micro_s: float,
+    *,
+    ranks: int,
+    ranks_per_node: int,
+    images: int,
+    synced_norms: int = 0,
 ) -> Plan:
     """The plan for `ranks` ranks, as docs/scaling.md has it.
 
-    `size`: bytes of the gradients; `micro_s`: one rank's seconds for a micro-batch; `images`: of an epoch.
+    `size`: bytes of the gradients; `micro_s`: one rank's seconds for a micro-batch; `images`: of an epoch;
+    `synced_norms`: batch norms whose statistics travel between ranks in each micro-batch, forward and backward.
     """
     nodes = math.ceil(ranks / ranks_per_node)
     micro = config.train.micro_batch or config.micro_batch
     accumulation = max(1, round(config.train.batch_size / (ranks * micro)))
     batch = ranks * micro * accumulation
-    step_s = accumulation * micro_s + all_reduce_seconds(size, links, ranks, ranks_per_node)
+    compute_s = accumulation * (micro_s + 2 * synced_norms * all_reduce_seconds(0, links, ranks, ranks_per_node))
+    step_s = compute_s + all_reduce_seconds(size, links, ranks, ranks_per_node)
     images_s = batch / step_s
     # A validation image costs a forward pass, about a third of a step, and only now and then.
     validation_s = config.eval_timesteps / config.student.num_timesteps * 0.04 * images * micro_s / micro / 3 / ranks
@@ -94,6 +105,13 @@ def gradient_bytes(config: Config) -> int:
     return 4 * sum(p.numel() for p in create_student(config.student).parameters())
 
 
+def synced_norms(config: Config) -> int:
+    """How many batch norms are synchronised between GPUs."""
+    if not (config.train.sync_bn and config.launcher.gpus_per_node):
+        return 0
+    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in create_student(config.student).modules())
+
+
 def main(argv: list[str]) -> int:
     """Plan; the exit status: 0 done, 2 a user's mistake, told in one line."""
     try:
@@ -113,7 +131,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--step-ms", type=float, help="a micro-batch on one GPU: step, teacher and losses")
     parser.add_argument("--gpus", default=GPUS, help="numbers of GPUs, separated by commas")
     parser.add_argument("--gpus-per-node", type=int, help="as in the recipe unless given")
-    parser.add_argument("--gpu-gb-s", type=float, default=200.0, help="all-reduce bandwidth within a node, GB/s")
+    parser.add_argument(
+        "--gpu-gb-s", type=float, help=f"all-reduce bandwidth within a node, GB/s; {GPU_GB_S:.0f} unless measured"
+    )
     parser.add_argument("--node-gb-s", type=float, default=25.0, help="all-reduce bandwidth between nodes, GB/s a node")
     parser.add_argument("--latency-us", type=float, default=20.0)
     parser.add_argument("--images", type=int, default=1_281_167, help="of an epoch")
@@ -132,7 +152,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         options.gpus = [int(text) for text in options.gpus.split(",")]
     except ValueError as error:
         raise ValueError(f"--gpus {options.gpus}: give numbers separated by commas") from error
-    for name in ("step_ms", "gpus_per_node", "gpu_gb_s", "node_gb_s", "loader_core_ms", "images"):
+    for name in ("step_ms", "gpus_per_node", "gpu_gb_s", "node_gb_s", "loader_core_ms", "images", "cores"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be positive")
@@ -144,22 +164,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def show(config: Config, options: argparse.Namespace) -> None:
     """Measure what is not given, and print the plan."""
     per_node = options.gpus_per_node or config.launcher.ranks_per_node
-    links = Links(1e9 * options.gpu_gb_s, 1e9 * options.node_gb_s, 1e-6 * options.latency_us)
+    links = Links(1e9 * (options.gpu_gb_s or GPU_GB_S), 1e9 * options.node_gb_s, 1e-6 * options.latency_us)
     micro_s, size = options.step_ms and options.step_ms / 1000, gradient_bytes(config)
     if micro_s is None or options.check:
-        here = min(per_node, torch.cuda.device_count() or per_node)
-        say(f"measuring {here} rank(s) on this machine")
-        micro_s = max(on_ranks(here, _time_alone, config))
-        links.gpu_bytes_s, links.latency_s = (
-            on_ranks(here, _time_all_reduce, config)[0] if here > 1 else (math.inf, 0.0)
-        )
-        if options.check:
-            check(config, size, links, micro_s, here)
+        gpu_s, gpu_links = measure(config, links, size, check_them=options.check)
+        micro_s = micro_s or gpu_s
+        if options.gpu_gb_s is None:
+            links = gpu_links
     print(
         f"{options.recipe}: {config.student.model}, T = {config.student.num_timesteps}, a micro-batch of"
         f" {config.train.micro_batch or config.micro_batch} images in {1000 * micro_s:.0f} ms;"
         f" gradients of {size / 1e6:.0f} MB; within a node {links.gpu_bytes_s / 1e9:.3g} GB/s,"
-        f" between nodes {links.node_bytes_s / 1e9:.3g} GB/s, {1e6 * links.latency_s:.0f} µs\n"
+        f" between nodes {links.node_bytes_s / 1e9:.3g} GB/s, {1e6 * links.latency_s:.0f} µs;"
+        f" {options.images:,} images an epoch, {options.cores} cores a node,"
+        f" {options.loader_core_ms} core ms to load one\n"
     )
     heads = (
         "GPUs",
@@ -184,6 +202,28 @@ def show(config: Config, options: argparse.Namespace) -> None:
         print(f"| {' | '.join(map(str, cells))} |")
 
 
+def measure(config: Config, links: Links, size: int, *, check_them: bool) -> tuple[float, Links]:
+    """A micro-batch's seconds on this machine with a node's ranks, and the links with what they measure here.
+
+    Raises `ValueError` where the recipe wants GPUs and none is here.
+    """
+    here = config.launcher.ranks_per_node
+    if config.launcher.gpus_per_node:
+        here = min(here, torch.cuda.device_count())
+        if here == 0:
+            raise ValueError(
+                "no GPU here to measure on: give --step-ms, or launcher.gpus_per_node=0 for a plan of CPUs"
+            )
+    say(f"measuring {here} rank(s) on this machine")
+    micro_s = max(on_ranks(here, _time_alone, config))
+    if here > 1:
+        bytes_s, latency_s = on_ranks(here, _time_all_reduce, config)[0]
+        links = Links(bytes_s, links.node_bytes_s, max(latency_s, links.latency_s))
+        if check_them:
+            check(config, size, Links(bytes_s, links.node_bytes_s, latency_s), micro_s, here)
+    return micro_s, links
+
+
 def check(config: Config, size: int, links: Links, micro_s: float, ranks: int) -> None:
     """Print what the model says of this machine's ranks, and what they really do."""
     together_s = max(on_ranks(ranks, _time_together, config))
@@ -197,7 +237,7 @@ def check(config: Config, size: int, links: Links, micro_s: float, ranks: int) -
 def on_ranks(ranks: int, task: Callable[..., Any], config: Config) -> list[Any]:
     """What `task(rank, ranks, config, port, meet)` returns in as many processes at a time."""
     context = mp.get_context("spawn")
-    queue, meet, port = context.SimpleQueue(), context.Barrier(ranks), _free_port()
+    queue, meet, port = context.SimpleQueue(), context.Barrier(ranks), free_port()
     arguments = (task, ranks, config, port, meet, queue)
     mp.spawn(_call, arguments, ranks)  # type: ignore[attr-defined,no-untyped-call]
     return [answer for _, answer in sorted(queue.get() for _ in range(ranks))]
@@ -205,12 +245,14 @@ def on_ranks(ranks: int, task: Callable[..., Any], config: Config) -> list[Any]:
 
 def _call(rank: int, task: Callable[..., Any], ranks: int, config: Config, port: int, meet: Any, queue: Any) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    if _device(config) == "cuda":
+        torch.cuda.set_device(rank)
     queue.put((rank, task(rank, ranks, config, port, meet)))
     dist.destroy_process_group()
 
 
 def _time_alone(rank: int, ranks: int, config: Config, port: int, meet: Any) -> float:
-    join(0, 1, _free_port(), _device(config))
+    join(0, 1, free_port(), _device(config))
     return _time_steps(config, meet)
 
 
@@ -222,8 +264,6 @@ def _time_together(rank: int, ranks: int, config: Config, port: int, meet: Any) 
 def _time_steps(config: Config, meet: Any) -> float:
     """Median seconds of an optimiser step of one micro-batch, all ranks at a time."""
     device = torch.device(_device(config))
-    if device.type == "cuda":
-        torch.cuda.set_device(dist.get_rank())
     config.train.batch_size = config.micro_batch * dist.get_world_size()
     config.launcher.nodes, config.launcher.tasks_per_node = 1, dist.get_world_size()
     step = make_step(config, device, compiled=config.train.compile is True or device.type == "cuda")
@@ -245,7 +285,7 @@ def _time_steps(config: Config, meet: Any) -> float:
 def _time_all_reduce(rank: int, ranks: int, config: Config, port: int, meet: Any) -> tuple[float, float]:
     """Bytes a second of the gradients' all-reduce, with the copies into and out of one buffer; a message's seconds."""
     join(rank, ranks, port, _device(config))
-    device = torch.device(f"cuda:{rank}" if _device(config) == "cuda" else "cpu")
+    device = torch.device(_device(config))
     gradients = [torch.zeros_like(p, device=device) for p in create_student(config.student).parameters()]
 
     def reduce(tensors: list[torch.Tensor]) -> float:
@@ -269,13 +309,6 @@ def _time_all_reduce(rank: int, ranks: int, config: Config, port: int, meet: Any
 
 def _device(config: Config) -> str:
     return "cuda" if config.launcher.gpus_per_node and torch.cuda.is_available() else "cpu"
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def say(text: str) -> None:

@@ -1,6 +1,7 @@
 """The five training steps that `bench_step.py` compares. Each is a function of images and labels, and does one step.
 
-full          ours: student, teacher, all three losses, backward, optimiser, as a run does it
+full          ours: student, teacher, all three losses, backward, optimiser, by the run's own engine; without the ranks'
+              agreement and the record, which cost a CPU nothing
 student       our student alone: forward, cross-entropy of the mean logits, backward
 resnet        the limit: timm's plain ResNet of the same depth on T*B images, forward, cross-entropy, backward
 spikingjelly  its SEW-ResNet of the same depth, forward, cross-entropy of the mean logits, backward
@@ -12,6 +13,7 @@ Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 
 import argparse
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -53,7 +55,7 @@ def make_config(options: argparse.Namespace) -> Config:
 
 def full(options: argparse.Namespace) -> Step:
     """Our whole step."""
-    join(0, 1, 29519, options.device)
+    join(0, 1, free_port(), options.device)
     return make_step(make_config(options), torch.device(options.device), compiled=options.compile)
 
 
@@ -75,7 +77,7 @@ def make_step(config: Config, device: torch.device, *, compiled: bool) -> Step:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config, device))
 
     def step(images_BCHW: Tensor, labels_B: Tensor) -> None:
-        with autocast:
+        with torch.no_grad(), autocast:
             teacher_logits_BK = teacher(images_BCHW) if teacher is not None else None
         engine.backward(loss(as_timesteps(engine.forward(images_BCHW)), teacher_logits_BK, labels_B).total)
         engine.update()
@@ -113,17 +115,22 @@ def spikingjelly(options: argparse.Namespace) -> Step:
             self.net = net
 
         def forward(self, x_BCHW: Tensor) -> Tensor:
-            functional.reset_net(self.net)
             logits_TBK: Tensor = self.net(x_BCHW.unsqueeze(0).repeat(T, 1, 1, 1, 1))
             return logits_TBK
 
-    return _plain_step(
+    step = _plain_step(
         options,
         Repeated(),
         lambda logits_TBK: logits_TBK.mean(0),
         compiled="compiled" in options.variant,
         channels_last="channels_last" in options.variant,
     )
+
+    def reset_and_step(images_BCHW: Tensor, labels_B: Tensor) -> None:
+        functional.reset_net(net)
+        step(images_BCHW, labels_B)
+
+    return reset_and_step
 
 
 class LoopedNeuron(nn.Module):
@@ -253,6 +260,14 @@ def _plain_step(
         F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
 
     return step
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def join(rank: int, world_size: int, port: int, device: str) -> None:
