@@ -227,6 +227,10 @@ def _encode_all(source: Source, options: WriteOptions, chosen: NDArray[np.int64]
     waiting: deque[Future[list[_Encoded]]] = deque()
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(source, options))
     try:
+        # The first task starts the processes: a Ctrl-C at that moment must not find them before _start_worker has run.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        waiting.append(pool.submit(_encode_chunk, next(chunks, [])))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for chunk in chunks:
             waiting.append(pool.submit(_encode_chunk, chunk))
             if len(waiting) >= 3 * workers:
@@ -246,6 +250,7 @@ _worker: tuple[Source, WriteOptions]
 def _start_worker(source: Source, options: WriteOptions) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _worker = source, options
 
 
