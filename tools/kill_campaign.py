@@ -1,11 +1,12 @@
 """Kill a run on the two-node Slurm at random moments, and see whether it ends as the unhurt one does.
 
     eval "$(tools/slurm_sandbox.sh up)"
-    python tools/kill_campaign.py WORK [--kinds node,rank,all] [--count 20] [--seed 0] [--markdown FILE]
+    python tools/kill_campaign.py WORK [--count 20] [--seed 0] [--markdown FILE]
 
-Kinds: `rank` is SIGKILL of one rank, `all` of every rank, `node` of a node's slurmd, which is started again after it
-was missed. A checkpoint is saved at every step, so many kills hit one being written. Survived means: the final
-weights equal the reference's, bit for bit. Goes on where it stopped: finished kills are kept in WORK/kills.jsonl.
+Each of `--count` runs is hurt in every way there is, one after the other: `node` is SIGKILL of a node's slurmd, which
+is started again after it was missed, `rank` of one rank, `all` of every rank. A checkpoint is saved at every step, so
+many kills hit one being written. Survived means: the final weights equal the reference's, bit for bit. Goes on where
+it stopped: finished runs are kept in WORK/kills.jsonl.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tdkd_dist.tracking import format_seconds, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("node", "rank", "all")
-EPOCHS, STEPS_PER_EPOCH = 500, 3
+EPOCHS, STEPS_PER_EPOCH = 600, 3
 NODES = ("tdkd-n1", "tdkd-n2")
 PATIENCE_S = 600
 
@@ -40,8 +40,7 @@ def main() -> int:
     """Run the campaign; the exit status is 1 if a kill was not survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--count", type=int, default=20, help="kills of each kind")
+    parser.add_argument("--count", type=int, default=20, help="runs, each killed in every way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
     args = parser.parse_args()
@@ -49,22 +48,24 @@ def main() -> int:
     data = prepare(work)
     reference = run_reference(work, data)
     record = work / "kills.jsonl"
-    done = {(row["kind"], row["number"]): row for row in read_rows(record)}
-    for number in range(args.count):
-        for kind in args.kinds.split(","):
-            if (kind, number) in done:
-                continue
-            row = kill_once(work, data, reference, kind, number, args.seed)
-            done[kind, number] = row
-            with record.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
-    table = summarise(list(done.values()))
+    rows = list(read_rows(record))
+    done = {row["run"] for row in rows}
+    for number in sorted(set(range(args.count)) - done):
+        began = time.monotonic()
+        new = hurt_run(RunFolder(work / f"run-{number:03d}"), data, reference, random.Random(f"{args.seed} {number}"))
+        new = [row | {"run": number} for row in new]
+        with record.open("a") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in new)
+        rows += new
+        done.add(number)
+        left_s = (args.count - len(done)) * (time.monotonic() - began)
+        print(f"run {number}: {json.dumps(new)}; about {format_seconds(left_s)} left", flush=True)
+    table = summarise(rows)
     print(table)
     if args.markdown:
         with args.markdown.open("a") as stream:
             stream.write(table + "\n")
-    return 0 if all(row["survived"] for row in done.values()) else 1
+    return 0 if all(row["survived"] for row in rows) else 1
 
 
 def prepare(work: Path) -> Path:
@@ -102,20 +103,13 @@ def run_reference(work: Path, data: Path) -> RunFolder:
     return folder
 
 
-def kill_once(work: Path, data: Path, reference: RunFolder, kind: str, number: int, seed: int) -> dict[str, Any]:
-    """One run that is hurt once; what became of it."""
-    folder, draw = RunFolder(work / f"{kind}-{number:03d}"), random.Random(f"{seed} {kind} {number}")
-    (row,) = hurt_run(folder, data, reference, [kind], draw)
-    return row | {"number": number}
-
-
-def hurt_run(
-    folder: RunFolder, data: Path, reference: RunFolder, kinds: Sequence[str], draw: random.Random
-) -> list[dict[str, Any]]:
-    """One run that is hurt in each of these ways, one after the other; what became of it, a row each."""
+def hurt_run(folder: RunFolder, data: Path, reference: RunFolder, draw: random.Random) -> list[dict[str, Any]]:
+    """One run that is hurt in each way, one after the other; what became of it, a row each."""
     process = start(data, folder.path)
     try:
-        rows = hurt_process(process, folder, kinds, draw)
+        # Slurm misses a daemon only after half a minute, and until then the ranks go on: the node comes first.
+        kinds = ["node", *draw.sample(["rank", "all"], 2)]
+        rows = [hurt(kind, k + 1, process, folder, draw) for k, kind in enumerate(kinds)]
         process.communicate(timeout=PATIENCE_S)
         survived = process.returncode == 0 and same_weights(reference, folder)
     except (TimeoutError, subprocess.TimeoutExpired):
@@ -126,25 +120,21 @@ def hurt_run(
     return [row | {"survived": survived} for row in rows]
 
 
-def hurt_process(
-    process: subprocess.Popen[str], folder: RunFolder, kinds: Sequence[str], draw: random.Random
-) -> list[dict[str, Any]]:
-    """Hurt a run that has been submitted; what each time cost."""
-    rows: list[dict[str, Any]] = []
-    steps = EPOCHS * STEPS_PER_EPOCH
-    for k, kind in enumerate(kinds):
-        # Slurm misses a daemon only after a while, and until then the ranks go on.
-        first, share = int(0.9 * steps * k / len(kinds)), 0.15 if kind == "node" else 0.9 / len(kinds)
-        wait_for_step(folder, draw.randint(first + 1, first + int(share * steps)))
-        time.sleep(draw.uniform(0, 0.2))  # anywhere within a step or a save
-        before, saving = last_step(folder), bool(list(folder.checkpoints.glob("*.tmp")))
-        killed = time.monotonic()
-        hurt = hurt_node(draw) if kind == "node" else hurt_ranks(folder, draw, kind)
-        lost = wait_for_resumption(folder, process, k + 1, before)
-        took = round(time.monotonic() - killed, 1)
-        rows.append({"kind": kind, "hurt": hurt, "during_save": saving, "step": before, "steps_lost": lost})
-        rows[-1]["seconds_to_recover"] = None if lost is None else took
-    return rows
+def hurt(
+    kind: str, count: int, process: subprocess.Popen[str], folder: RunFolder, draw: random.Random
+) -> dict[str, Any]:
+    """Hurt a run for the `count`-th time, at a random moment of its next 200 steps; what that cost."""
+    wait_for_step(folder, last_step(folder) + draw.randint(1, 200))
+    time.sleep(draw.uniform(0, 0.2))  # anywhere within a step or a save
+    before, saving = last_step(folder), bool(list(folder.checkpoints.glob("*.tmp")))
+    killed = time.monotonic()
+    victim = hurt_node(draw) if kind == "node" else hurt_ranks(folder, draw, kind)
+    lost = wait_for_resumption(folder, process, count, before)
+    took = None if lost is None else round(time.monotonic() - killed, 1)
+    return {
+        "kind": kind, "hurt": victim, "during_save": saving, "step": before, "steps_lost": lost,
+        "seconds_to_recover": took,
+    }  # fmt: skip
 
 
 def hurt_ranks(folder: RunFolder, draw: random.Random, kind: str) -> int:

@@ -1,6 +1,5 @@
 """A real Slurm of two nodes on this machine (tools/slurm_sandbox.sh): preemption, cancelling, crashes, job arrays."""
 
-import importlib.util
 import os
 import random
 import shutil
@@ -11,11 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
+import kill_campaign
 import psutil
 import pytest
-from PIL import Image
-from safetensors.torch import load_file
 
 from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.status import cancel, describe_run
@@ -45,15 +42,9 @@ def sandbox() -> Iterator[dict[str, str]]:
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run of three steps an epoch on both nodes."""
     folder = tmp_path_factory.mktemp("slurm")
-    rng = np.random.default_rng(0)
-    for i in range(48):
-        path = folder / "tree" / f"class{i % 3}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(70 * (i % 3), 70 * (i % 3) + 90, (20, 20, 3), dtype=np.uint8)).save(path)
-    write = [sys.executable, "tools/write_beton.py", str(folder / "tree"), str(folder / "x.beton")]
-    subprocess.run(write, cwd=ROOT, check=True, timeout=120)
+    beton = kill_campaign.prepare(folder)
     return (
-        f"recipe=fashion_sew site=sandbox data.train={folder}/x.beton data.val={folder}/x.beton data.image_size=16"
+        f"recipe=fashion_sew site=sandbox data.train={beton} data.val={beton} data.image_size=16"
         " data.crop=random_resized student.num_classes=3 student.width=8 student.num_timesteps=2 loss.alpha=0"
         f" train.epochs={EPOCHS} train.batch_size=16 train.log_every=1 wandb.mode=disabled"
     ).split()
@@ -80,11 +71,6 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 200) -
 
 def epochs_done(folder: RunFolder) -> int:
     return max((row["epoch"] for row in read_rows(folder.metrics_file) if "val/top1_t1" in row), default=0)
-
-
-def same_weights(one: RunFolder, other: RunFolder) -> bool:
-    ours, theirs = load_file(one.student_file), load_file(other.student_file)
-    return ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
 
 
 def test_a_run_requeued_cancelled_and_crashed_ends_as_the_uninterrupted_one(sandbox, command, tmp_path, monkeypatch):
@@ -121,7 +107,7 @@ def test_a_run_requeued_cancelled_and_crashed_ends_as_the_uninterrupted_one(sand
     status = describe_run(hurt)
     assert f"{hurt.path}: finished" in status
     assert "restarts after a crash: 1 of 1" in status
-    assert same_weights(whole, hurt)
+    assert kill_campaign.same_weights(whole, hurt)
     assert [row["epoch"] for row in read_rows(hurt.metrics_file) if "val/top1_t1" in row] == [*range(1, EPOCHS + 1)]
 
 
@@ -129,14 +115,9 @@ def test_a_run_requeued_cancelled_and_crashed_ends_as_the_uninterrupted_one(sand
 def test_three_kills_leave_no_trace(sandbox, tmp_path, monkeypatch):
     """CI's share of tools/kill_campaign.py: a rank, all ranks and a node's daemon, at random moments of one run."""
     monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
-    spec = importlib.util.spec_from_file_location("kill_campaign", ROOT / "tools" / "kill_campaign.py")
-    assert spec is not None
-    assert spec.loader is not None
-    campaign = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(campaign)
-    data = campaign.prepare(tmp_path)
-    reference = campaign.run_reference(tmp_path, data)
-    rows = campaign.hurt_run(RunFolder(tmp_path / "hurt"), data, reference, campaign.KINDS, random.Random(0))
+    data = kill_campaign.prepare(tmp_path)
+    reference = kill_campaign.run_reference(tmp_path, data)
+    rows = kill_campaign.hurt_run(RunFolder(tmp_path / "hurt"), data, reference, random.Random(0))
     for row in rows:
         assert row["hurt"]
         assert row["survived"]
