@@ -194,7 +194,7 @@ class Trainer:
         compiled = _compiles(config, loader.steps_per_epoch, place.device)
         teacher = _build_teacher(parts)
         if teacher is not None and compiled:
-            teacher.compile(options={"freezing": True})  # which folds its batch norms into the convolutions
+            teacher.compile_folded()
         if config.train.sync_bn and place.device.type == "cpu" and place.world_size > 1:
             log.say("train.sync_bn: ignored, batch norm is not synchronised on the CPU")
         engine = Engine(
@@ -280,8 +280,7 @@ class Trainer:
                 x_BCHW, labels = self.mixer(
                     self.parts.normalise(images_BCHW), labels_B, progress.global_step, micro_batch
                 )
-                # Inductor folds the compiled teacher's batch norms only where no gradient could be wanted.
-                with torch.no_grad(), self.parts.autocast:
+                with self.parts.autocast:
                     teacher_logits_BK = self.teacher(x_BCHW) if self.teacher is not None else None
                 logits_TBK = as_timesteps(engine.forward(x_BCHW))
                 terms = self.loss(logits_TBK, teacher_logits_BK, labels)

@@ -1,31 +1,14 @@
 """The contestants of tools/bench_step.py compute what they are said to."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import torch
+from step_contestants import LoopedNet
 
 from tdkd_dist.config import StudentConfig
 from tdkd_dist.neurons import NeuronConfig
 from tdkd_dist.students import SpikingNet, create_student
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 def test_the_looped_network_is_our_student():
-    contestants = load("step_contestants")
     for v_reset in (None, 0.0):
         neuron = NeuronConfig(v_reset=v_reset)
         torch.manual_seed(0)
@@ -36,7 +19,7 @@ def test_the_looped_network_is_our_student():
         gradient = student.conv1.weight.grad.clone()
         student.zero_grad()
         assert isinstance(student, SpikingNet)
-        theirs = contestants.LoopedNet(student)(images)
+        theirs = LoopedNet(student)(images)
         theirs.square().mean().backward()
         assert ours.abs().max() > 0
         torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-12)

@@ -2,15 +2,13 @@
 
 import math
 
+import plan_run
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bench_step import load
 
 from tdkd_dist.recipe import load_config
 
-load("step_contestants")
-plan_run = load("plan_run")
 CONFIG = load_config("imagenet_sew34", [])
 IMAGES = 1_281_167
 positive = st.floats(1e-3, 1e3)

@@ -1,11 +1,11 @@
 """Comparison of runs, on run folders whose records come from our own metrics of random logits."""
 
 import html.parser
-import importlib.util
 import json
 import math
 from pathlib import Path
 
+import compare_runs
 import numpy as np
 import pytest
 import torch
@@ -19,17 +19,6 @@ from tdkd_dist.report.runs import check_comparable, group_runs, load_runs, paire
 from tdkd_dist.run_folder import RunFolder, write_json
 
 EPOCHS = 3
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "compare_runs.py"
-
-
-def compare(arguments: list[str]) -> int:
-    spec = importlib.util.spec_from_file_location("compare_runs", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    status: int = module.main(arguments)
-    return status
 
 
 def make_run(
@@ -108,7 +97,7 @@ def test_runs_on_other_data_are_refused(tmp_path, capsys):
     one, other = make_run(tmp_path, "a"), make_run(tmp_path / "other", "b")
     with pytest.raises(ValueError, match=r"they cannot be compared$"):
         check_comparable(load_runs([one, other])[0])
-    assert compare([str(one), str(other)]) == 2
+    assert compare_runs.main([str(one), str(other)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -116,7 +105,7 @@ def test_unfinished_runs_are_shown_as_such_and_unvalidated_ones_left_out(tmp_pat
     going, new = make_run(tmp_path, "going", finished=False), make_run(tmp_path, "new", seed=5)
     RunFolder(new).metrics_file.write_text('{"epoch": 0, "global_step": 1}\n{"epoch": 0, "glob')
     page = tmp_path / "page.html"
-    assert compare([str(going), str(new), "--html", str(page), "--tsne", "0"]) == 0
+    assert compare_runs.main([str(going), str(new), "--html", str(page), "--tsne", "0"]) == 0
     said = capsys.readouterr().out
     assert f"{going}: still going, or ended early: 1 of 3 epochs" in said
     assert f"{new}: left out, it has not been validated yet" in said
@@ -125,7 +114,7 @@ def test_unfinished_runs_are_shown_as_such_and_unvalidated_ones_left_out(tmp_pat
 
 def test_the_figure_for_a_paper(tmp_path):
     figure = tmp_path / "figure.pdf"
-    assert compare([str(make_run(tmp_path, "a")), "--figure", str(figure)]) == 0
+    assert compare_runs.main([str(make_run(tmp_path, "a")), "--figure", str(figure)]) == 0
     assert figure.read_bytes().startswith(b"%PDF")
 
 
@@ -143,7 +132,7 @@ def test_the_figure_for_a_paper(tmp_path):
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, arguments, message):
     run = make_run(tmp_path, "a")
-    assert compare([a.format(tmp=tmp_path, run=run) for a in arguments]) == 2
+    assert compare_runs.main([a.format(tmp=tmp_path, run=run) for a in arguments]) == 2
     assert capsys.readouterr().err.startswith("compare_runs: " + message.format(tmp=tmp_path))
 
 
@@ -198,7 +187,7 @@ def test_the_wandb_report_is_kept_when_the_server_cannot_be_reached(folders, tmp
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
     page = tmp_path / "page.html"
     arguments = [*map(str, folders), "--html", str(page), "--tsne", "0", "--wandb", "lab/spikes"]
-    assert compare(arguments) == 0
+    assert compare_runs.main(arguments) == 0
     assert "the W&B report was not sent (" in capsys.readouterr().out
     assert "the W&amp;B report was not sent (" in page.read_text()
     spec = json.dumps(json.loads((tmp_path / "page.wandb.json").read_text()))

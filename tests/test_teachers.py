@@ -93,3 +93,17 @@ def test_without_a_network_the_user_is_told_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"^teacher\.name=resnet34\.tv_in1k: .*set teacher\.checkpoint=FILE$"):
         fetch_weights("resnet34.tv_in1k")
+
+
+@pytest.mark.slow
+def test_folded_and_compiled_it_computes_the_same():
+    teacher = create_teacher(TeacherConfig(name="resnet10t", pretrained=False), DataConfig(), num_classes=5, in_chans=3)
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # a new one does nothing
+            torch.nn.init.uniform_(module.running_mean, -1, 1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = teacher(x)
+    teacher.compile_folded()
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(teacher(x), expected, rtol=1e-4, atol=1e-4)

@@ -1,7 +1,6 @@
 """Files in and out: what is written comes back, what others wrote is read, and what does not fit is named."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import stat
@@ -9,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import import_weights
 import pytest
 import timm
 import torch
@@ -20,7 +20,6 @@ from tdkd_dist.neurons import NeuronConfig
 from tdkd_dist.students import create_student
 from tdkd_dist.weights import load_student, load_weights, read_metadata, save_student
 
-TOOL = Path(__file__).parent.parent / "tools" / "import_weights.py"
 SMALL = {"num_classes": 5, "num_timesteps": 3, "width": 8}
 SHOWN = {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
 
@@ -53,12 +52,9 @@ def images() -> torch.Tensor:
 
 def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in this process: importing torch anew for each call takes longer than the test."""
-    spec = importlib.util.spec_from_file_location("import_weights", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = module.main([str(argument) for argument in arguments])
+        code = import_weights.main([str(argument) for argument in arguments])
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from step_contestants import free_port, join
 
 from tdkd_dist import checkpoint, distributed
 from tdkd_dist.checkpoint import Progress
@@ -43,9 +44,7 @@ def main(argv: list[str]) -> int:
             "| student | size | bare torch.save | our save | ratio | restore | of 30 minutes |",
             "|---|---|---|---|---|---|---|",
         ]
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {"MASTER_PORT": "29517", "GLOO_SOCKET_IFNAME": "lo"}
-        distributed.start(torch.device("cpu"))
+        join(0, 1, free_port(), "cpu")
         lines += [measure(name, args.folder, args.rounds) for name in args.student]
         distributed.stop()
     except (ValueError, OSError) as error:

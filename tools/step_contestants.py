@@ -29,7 +29,7 @@ from tdkd_dist.engine import Engine, use_bf16
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.recipe import load_config
 from tdkd_dist.students import SpikingNet, create_student
-from tdkd_dist.teachers import create_teacher
+from tdkd_dist.teachers import Teacher, create_teacher
 from tdkd_dist.train import make_loss
 from tdkd_dist.validate import as_timesteps
 
@@ -65,19 +65,19 @@ def make_step(config: Config, device: torch.device, *, compiled: bool) -> Step:
     student = create_student(config.student).to(device)
     engine = Engine(student, config, device=device, steps_per_epoch=1000, compiled=compiled)
     engine.student.train()
-    teacher: nn.Module | None = None
+    teacher: Teacher | None = None
     if config.loss.alpha:
         plain = replace(config.teacher, checkpoint=None, pretrained=False)
         classes, channels = config.student.num_classes, config.student.in_chans
         teacher = create_teacher(plain, config.data, num_classes=classes, in_chans=channels)
         teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
-            teacher.compile(options={"freezing": True})
+            teacher.compile_folded()
     loss = make_loss(config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config, device))
 
     def step(images_BCHW: Tensor, labels_B: Tensor) -> None:
-        with torch.no_grad(), autocast:
+        with autocast:
             teacher_logits_BK = teacher(images_BCHW) if teacher is not None else None
         engine.backward(loss(as_timesteps(engine.forward(images_BCHW)), teacher_logits_BK, labels_B).total)
         engine.update()

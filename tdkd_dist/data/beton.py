@@ -229,8 +229,10 @@ def _encode_all(source: Source, options: WriteOptions, chosen: NDArray[np.int64]
     try:
         # The first task starts the processes: a Ctrl-C at that moment must not find them before _start_worker has run.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        waiting.append(pool.submit(_encode_chunk, next(chunks, [])))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            waiting.append(pool.submit(_encode_chunk, next(chunks, [])))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for chunk in chunks:
             waiting.append(pool.submit(_encode_chunk, chunk))
             if len(waiting) >= 3 * workers:

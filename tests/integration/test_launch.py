@@ -1,6 +1,5 @@
 """The command line as a user types it: real betons, two DeepSpeed ranks, real signals."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import submit
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -216,16 +216,6 @@ def test_a_crashed_rank_is_reported_with_where_to_look(tiny, folder):
     assert "its output: " in stderr
 
 
-def submit_main(*arguments: str) -> int:
-    spec = importlib.util.spec_from_file_location("submit", ROOT / "launch" / "submit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    status: int = module.main(list(arguments))
-    return status
-
-
 def wrong_teacher(folder: Path) -> str:
     import timm
 
@@ -268,7 +258,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(name, tiny, folder, cap
     make, message = MISTAKES[name]
     teacher = ["loss.alpha=0.2", "teacher.name=resnet10t"] if "teacher" in name else []
     run = folder / "refused"
-    status = submit_main(*tiny, *teacher, *make(folder).split(), f"run.dir={run}")
+    status = submit.main([*tiny, *teacher, *make(folder).split(), f"run.dir={run}"])
     captured = capsys.readouterr()
     assert status == 2
     (line,) = captured.err.splitlines()
@@ -277,12 +267,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(name, tiny, folder, cap
 
 
 def test_an_unwritable_run_folder(tiny, folder, capsys):
-    assert submit_main(*tiny, f"run.dir={folder}/tiny.yaml/run") == 2
+    assert submit.main([*tiny, f"run.dir={folder}/tiny.yaml/run"]) == 2
     assert capsys.readouterr().err.startswith("error: run.dir=")
 
 
 def test_no_arguments_is_a_mistake_with_the_usage(capsys):
-    assert submit_main() == 2
+    assert submit.main([]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("error: ")
     assert len(lines) <= 6
@@ -297,25 +287,25 @@ def test_a_reader_who_has_seen_enough_is_no_error():
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_passes_a_dry_run(name, capsys):
-    assert submit_main(f"recipe={name}", "--dry-run", "launcher.cluster=local") == 0, capsys.readouterr().err
+    assert submit.main([f"recipe={name}", "--dry-run", "launcher.cluster=local"]) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
     assert "global batch: " in shown
     assert "job: this machine" in shown
 
 
 def test_a_dry_run_counts_steps_and_lists_what_is_not_here(tiny, folder, capsys):
-    assert submit_main(*tiny, "--dry-run", f"data.val={folder}/none.beton", "launcher.tasks_per_node=1") == 0
+    assert submit.main([*tiny, "--dry-run", f"data.val={folder}/none.beton", "launcher.tasks_per_node=1"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert "steps per epoch: 3" in shown
     assert f"not here yet: data.val={folder}/none.beton: no such file" in shown
-    assert submit_main(*tiny, "--dry-run", truncated(folder)) == 2
+    assert submit.main([*tiny, "--dry-run", truncated(folder)]) == 2
 
 
 def test_the_list_names_every_recipe(capsys):
-    assert submit_main("--list") == 0
+    assert submit.main(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(list_recipes())
 
 
 def test_help_says_how_to_start(capsys):
-    assert submit_main("--help") == 0
+    assert submit.main(["--help"]) == 0
     assert "recipe=NAME" in capsys.readouterr().out
