@@ -208,6 +208,8 @@ class TrainConfig:
     """`bf16`: autocast, with membrane and batch norm in fp32. `auto`: bf16 on a GPU, fp32 on a CPU."""
     compile: bool | str = "auto"
     """`auto`: torch.compile on a GPU when the run is long enough to pay for it."""
+    recompute_stages: list[int] = field(default_factory=list)
+    """Stages (from 1) whose blocks keep only their inputs for the backward pass: less memory, more time."""
     sync_bn: bool = True
     """Batch statistics over all ranks (GPU only)."""
     random_timesteps: bool = False

@@ -22,15 +22,21 @@ class StepGuard:
         self._saved = time.monotonic()
         self.skipped = self._in_a_row = 0
         self.stop = self.save = False
+        self._watched: list[Callable[[], bool]] = []
 
-    def agree(self, losses: list[Tensor], global_step: int, samples: Callable[[], Ints]) -> bool:
+    def watch(self, loss: Tensor) -> None:
+        """Look at a micro-batch's loss, before its backward pass, so that `agree` need not wait for that."""
+        self._watched.append(_finite_later(loss.detach()))
+
+    def agree(self, global_step: int, samples: Callable[[], Ints]) -> bool:
         """Whether to skip the optimiser step in hand, the one after `global_step`; sets `stop` and `save`.
 
-        `losses` are this rank's micro-batches', `samples` gives the indices they were computed from. The samples of the
-        ranks whose losses are not finite are recorded. Every rank must call it. Raises `ValueError` with advice when
-        too many steps in a row would be skipped.
+        It hangs on the losses watched since the last time; `samples` gives the indices they were computed from. The
+        samples of the ranks whose losses are not finite are recorded. Every rank must call it. Raises `ValueError` with
+        advice when too many steps in a row would be skipped.
         """
-        finite = bool(torch.isfinite(torch.stack(losses)).all())
+        finite = all([is_finite() for is_finite in self._watched])
+        self._watched.clear()
         due = time.monotonic() - self._saved > 60 * self._config.save_every_min
         every = self._config.save_every_steps
         self.stop, skip, due = distributed.any_rank(self._should_stop(), not finite, due)
@@ -54,3 +60,20 @@ class StepGuard:
     def saved(self) -> None:
         """A checkpoint was just written."""
         self._saved = time.monotonic()
+
+
+def _finite_later(loss: Tensor) -> Callable[[], bool]:
+    """Answers whether `loss` is finite; on a GPU it waits for the work queued so far, not for what comes after."""
+    finite = torch.isfinite(loss)
+    if not finite.is_cuda:
+        return lambda: bool(finite)
+    here = torch.empty((), dtype=torch.bool, pin_memory=True)
+    here.copy_(finite, non_blocking=True)
+    computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    computed.record()
+
+    def answer() -> bool:
+        computed.synchronize()
+        return bool(here)
+
+    return answer

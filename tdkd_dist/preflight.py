@@ -10,7 +10,7 @@ import torch
 from tdkd_dist.config import Config, require
 from tdkd_dist.data.beton import check_beton
 from tdkd_dist.data.loaders import count_classes, open_pictures
-from tdkd_dist.students import create_student, is_spiking
+from tdkd_dist.students import choose_recomputed, create_student, is_spiking
 from tdkd_dist.teachers import check_name, check_pretrained_classes, create_teacher, fetch_weights
 from tdkd_dist.weights import load_weights
 
@@ -115,6 +115,7 @@ def _check_student(config: Config, found: Findings, dry_run: bool) -> None:
         is_spiking(student) or not config.train.random_timesteps,
         f"train.random_timesteps: student.model={config.student.model} is no spiking network",
     )
+    choose_recomputed(student, config)
     checkpoint = config.student.checkpoint
     if checkpoint is not None and _is_here(checkpoint, "student.checkpoint", found, dry_run):
         load_weights(student, checkpoint, "student.checkpoint")

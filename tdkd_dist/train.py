@@ -29,7 +29,7 @@ from tdkd_dist.guard import StepGuard
 from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.losses import TemporalDistillationLoss
 from tdkd_dist.run_folder import RunFolder, write_json
-from tdkd_dist.students import create_student
+from tdkd_dist.students import choose_recomputed, create_student
 from tdkd_dist.teachers import Teacher, create_teacher
 from tdkd_dist.tracking import Log, Record, TrainMeter, format_seconds, format_table
 from tdkd_dist.validate import as_timesteps, validate
@@ -141,6 +141,7 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
     student = create_student(config.student)
     if config.student.checkpoint is not None:
         load_weights(student, config.student.checkpoint, "student.checkpoint")
+    choose_recomputed(student, config)
     student = student.to(place.device)
     if config.train.epochs == 0:
         return _evaluate(parts, student)
@@ -284,14 +285,12 @@ class Trainer:
                     teacher_logits_BK = self.teacher(x_BCHW) if self.teacher is not None else None
                 logits_TBK = as_timesteps(engine.forward(x_BCHW))
                 terms = self.loss(logits_TBK, teacher_logits_BK, labels)
+                guard.watch(terms.total)
                 engine.backward(terms.total)
                 done.append((terms, logits_TBK.detach(), labels))
             heartbeat.beat("agreeing", progress.global_step)
-            skip = guard.agree(
-                [terms.total.detach() for terms, _, _ in done],
-                progress.global_step,
-                partial(self.loader.samples, progress.epoch, progress.step_in_epoch),
-            )
+            samples = partial(self.loader.samples, progress.epoch, progress.step_in_epoch)
+            skip = guard.agree(progress.global_step, samples)
             engine.update(skip=skip)
             if skip:
                 engine.recall_buffers()

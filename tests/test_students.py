@@ -1,14 +1,11 @@
-"""The students against a recursion written by hand, and the properties that full range rests on.
-
-Compilation is counted for every student with Dynamo alone; Inductor's code generation, minutes for a deep net, runs
-for the smallest.
-"""
+"""The students against a recursion written by hand, and the properties that full range rests on."""
 
 import copy
 
 import pytest
 import timm
 import torch
+from networks import B, K, T, assert_close, everything, images, student
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -21,10 +18,9 @@ from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.students import create_student, is_spiking, spiking_names
 from tdkd_dist.students.base import TemporalDropPath, batch_norm_repeated
 
-T, B, K = 3, 2, 5
+pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_OF_EACH = ["sew_resnet8", "sew_resnet18", "sew_resnet50", "ms_resnet18", "preact_resnet34", "spiking_resnet18"]
 ONE_OF_EACH += ["spiking_resnet19"]
-DEEP = {"sew_resnet101", "sew_resnet152"}
 PARAMETERS = {
     "sew_resnet8": 270_304,
     "sew_resnet18": 11_689_512,
@@ -38,55 +34,6 @@ PARAMETERS = {
     "spiking_resnet18": 11_681_832,
     "spiking_resnet19": 12_952_424,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only wait for each other on tensors of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def student(name: str, **kwargs: object) -> nn.Module:
-    """A narrow one in float64, with batch norms that are not the identity and make every stage fire."""
-    torch.manual_seed(0)
-    net = timm.create_model(name, **{"num_classes": K, "num_timesteps": T, "width": 8} | kwargs).double()
-    with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.8, 1.6)
-                module.bias.normal_(0.4, 0.2)
-                module.momentum = 1.0  # the first batch's statistics
-        net.train()(images(net.in_chans))
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.1
-    return net.eval()
-
-
-def images(channels: int = 3, seed: int = 1, batch: int = B, frames: int | None = None) -> torch.Tensor:
-    shape = (batch, channels, 32, 32) if frames is None else (frames, batch, channels, 32, 32)
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def everything(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Logits, gradients of input and parameters, and buffers after the pass."""
-    net.zero_grad()
-    x = x.clone().requires_grad_()
-    logits = net(x)
-    weights = torch.randn(logits.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(9))
-    (logits * weights).sum().backward()
-    gradients = [p.grad.clone() for p in net.parameters() if p.grad is not None]
-    return [logits.detach(), x.grad, *gradients, *(b.clone() for b in net.buffers())]
-
-
-def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 1e-10) -> None:
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        scale = max(other.abs().max().item(), 1.0)
-        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * scale)
 
 
 class ByHand:
@@ -444,60 +391,6 @@ def test_learned_leaks_are_not_decayed():
     without, _ = param_groups_weight_decay(net, 0.1, net.no_weight_decay())
     assert without["weight_decay"] == 0
     assert leaks <= {n for n, p in net.named_parameters() if any(p is q for q in without["params"])}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in DEEP else []) for n in spiking_names()]
-)
-def test_one_graph_forward_and_backward(name):
-    from torch._dynamo.testing import CompileCounter
-
-    torch.compiler.reset()
-    net = student(name, num_timesteps=2).train()
-    plain, counter = copy.deepcopy(net), CompileCounter()
-    compiled = torch.compile(net, backend=counter, fullgraph=True)
-    for _ in range(2):
-        assert_close(everything(compiled, images()), everything(plain, images()), 1e-9)
-    assert counter.frame_count == 1
-
-
-@pytest.mark.slow
-def test_one_compilation_for_each_t_and_shape():
-    from torch._dynamo.testing import CompileCounter
-
-    torch.compiler.reset()
-    net = student("sew_resnet8").train()
-    plain, counter = copy.deepcopy(net), CompileCounter()
-    compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=False)
-    wanted = 0
-    for steps in (T, T - 1, T + 1):
-        for frames in (None, steps):
-            wanted += 1
-            for _ in range(2):
-                for model in (net, plain):
-                    model.set_num_timesteps(steps)
-                x = images(frames=frames)
-                assert_close(everything(compiled, x), everything(plain, x), 1e-9)
-                assert counter.frame_count == wanted
-    net.set_num_timesteps(T)
-    everything(compiled, images())
-    assert counter.frame_count == wanted
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sew_resnet8"])
-def test_inductors_network_is_the_eager_one(name):
-    torch.compiler.reset()
-    net = student(name).train()
-    plain = copy.deepcopy(net)
-    compiled = torch.compile(net, fullgraph=True)
-    logits = compiled(images())
-    logits.square().sum().backward()
-    want = plain(images())
-    want.square().sum().backward()
-    assert_close([logits, *(p.grad for p in net.parameters())], [want, *(p.grad for p in plain.parameters())], 1e-9)
-    for one, other in zip(net.buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_create_student_passes_on_what_the_model_takes():

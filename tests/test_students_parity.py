@@ -22,15 +22,7 @@ from spikingjelly.activation_based.model import ms_resnet, sew_resnet  # noqa: E
 
 T, B, K = 3, 2, 7
 SURROGATES = {"sigmoid": surrogate.Sigmoid, "atan": surrogate.ATan, "rectangle": surrogate.Rect}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only wait for each other on tensors of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass

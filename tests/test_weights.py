@@ -22,15 +22,7 @@ from tdkd_dist.weights import load_student, load_weights, read_metadata, save_st
 
 SMALL = {"num_classes": 5, "num_timesteps": 3, "width": 8}
 SHOWN = {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only wait for each other on tensors of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(config: StudentConfig) -> nn.Module:

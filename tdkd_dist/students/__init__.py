@@ -6,11 +6,11 @@ from typing import Any
 import timm
 from torch import nn
 
-from tdkd_dist.config import StudentConfig
+from tdkd_dist.config import Config, StudentConfig
 from tdkd_dist.students import ms_resnet, relu_resnet, sew_resnet, spiking_resnet
 from tdkd_dist.students.base import SpikingNet
 
-__all__ = ["SpikingNet", "create_student", "is_spiking", "relu_resnet", "spiking_names"]
+__all__ = ["SpikingNet", "choose_recomputed", "create_student", "is_spiking", "relu_resnet", "spiking_names"]
 
 _SEW = tuple(sew_resnet.default_cfgs)
 
@@ -25,6 +25,19 @@ def is_spiking(model: nn.Module) -> bool:
     for wrapper in ("_orig_mod", "module"):
         model = getattr(model, wrapper, model)
     return isinstance(model, SpikingNet)
+
+
+def choose_recomputed(model: nn.Module, config: Config) -> None:
+    """Set up `train.recompute_stages`. Raises `ValueError`, naming the key, where the model has no such stages."""
+    stages = config.train.recompute_stages
+    if not stages:
+        return
+    if not isinstance(model, SpikingNet):
+        raise ValueError(f"train.recompute_stages={stages}: student.model={config.student.model} is no spiking network")
+    try:
+        model.recompute(stages)
+    except ValueError as error:
+        raise ValueError(f"train.recompute_stages={stages}: {config.student.model} has {error}") from error
 
 
 def create_student(cfg: StudentConfig) -> nn.Module:

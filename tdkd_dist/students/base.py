@@ -3,13 +3,16 @@
 Shapes: T timesteps, B images, C channels, H, W pixels, K classes. Between the layers x is `[T*B, C, H, W]`, T-major.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 
@@ -57,6 +60,7 @@ class SpikingNet(nn.Module):
         self.num_timesteps = num_timesteps
         self.neuron = neuron or NeuronConfig()
         self.sn1 = self.sn_head = None
+        self.recomputed: frozenset[int] = frozenset()
 
     def make_neuron(self) -> SpikingNeuron:
         """A layer of this student's neurons."""
@@ -105,6 +109,20 @@ class SpikingNet(nn.Module):
             if isinstance(module, SpikingNeuron | TemporalDropPath):
                 module.num_timesteps = num_timesteps
 
+    def recompute(self, stages: Iterable[int]) -> None:
+        """In training, keep only the inputs of these stages' blocks (1 is the first stage) for the backward pass.
+
+        It computes the rest again: less memory, more time, the same gradients. Raises `ValueError` for other stages.
+        """
+        self.recomputed = frozenset(stages)
+        unknown = self.recomputed - set(range(1, self.num_stages + 1))
+        if unknown:
+            raise ValueError(f"no stage {', '.join(map(str, sorted(unknown)))}: there are 1 to {self.num_stages}")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's name for `recompute`, of all stages or none."""
+        self.recompute(range(1, self.num_stages + 1) if enable else ())
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[T, B, K]` for images `[B, C, H, W]` or frames `[T, B, C, H, W]`; features for `num_classes=0`."""
         return self.forward_head(self.forward_features(x))
@@ -112,8 +130,8 @@ class SpikingNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Feature maps `[T, B, C, H, W]`, before pooling."""
         x = self.forward_stem(x)
-        for stage in self.stages:
-            x = stage(x)
+        for number, stage in enumerate(self.stages, start=1):
+            x = run_keeping_inputs(stage, x) if self.training and number in self.recomputed else stage(x)
         if self.sn_head is not None:
             x = self.sn_head(x)
         return x.view(self.num_timesteps, -1, *x.shape[1:])
@@ -184,6 +202,31 @@ def batch_norm_repeated(bn: nn.Module, x: Tensor, repeats: int) -> Tensor:
     # Through .data, since autograd guards running_var for a backward pass that reads it in eval mode only.
     bn.running_var.data.copy_(kept + (bn.running_var - kept) * correction)
     return y
+
+
+def run_keeping_inputs(blocks: nn.Module, x: Tensor) -> Tensor:
+    """`blocks(x)`, of which autograd keeps each block's input alone; statistics move once, not again in recomputing."""
+    for block in blocks.children():
+        if torch.compiler.is_compiling():  # the second pass is a part of the backward graph, which changes no buffer
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_again, block))
+    return x
+
+
+def _again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What a block is run in first, and when it is computed again."""
+    return nullcontext(), _put_back_buffers(block)
+
+
+@contextmanager
+def _put_back_buffers(block: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    try:
+        yield  # left by an exception as soon as all that is needed has been computed
+    finally:
+        for buffer, copied in before:
+            buffer.data.copy_(copied)  # .data: as in `batch_norm_repeated`
 
 
 class TemporalDropPath(nn.Module):

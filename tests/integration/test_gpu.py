@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tdkd_dist import distributed
+from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.losses import TemporalDistillationLoss
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run_folder import RunFolder
@@ -80,7 +81,8 @@ def train(config) -> list[dict[str, float]]:
     folder = RunFolder(config.run.folder)
     folder.create(config)
     place = Place(device=torch.device("cuda", 0), rank=0, world_size=1, workers=2)
-    assert run(config, folder, place, lambda: False)
+    with Heartbeat(folder.heartbeat, rank=0, timeout_s=300) as heartbeat:
+        assert run(config, folder, place, heartbeat, lambda: False)
     return read_rows(folder.metrics_file)
 
 

@@ -1,0 +1,173 @@
+"""What makes a step fast changes nothing: compilation, memory formats, recomputing, the folded teacher.
+
+Compilation is counted for every student with Dynamo alone; Inductor's code generation, minutes for a deep net, runs
+for the smallest.
+"""
+
+import copy
+
+import pytest
+import timm.optim
+import torch
+from networks import B, K, T, assert_close, everything, images, student
+from step_contestants import LoopedNet, free_port, join
+from torch.nn import functional as F
+
+from tdkd_dist import distributed
+from tdkd_dist.config import DataConfig, TeacherConfig
+from tdkd_dist.engine import Engine
+from tdkd_dist.losses import TemporalDistillationLoss
+from tdkd_dist.recipe import load_config
+from tdkd_dist.students import choose_recomputed, spiking_names
+from tdkd_dist.teachers import create_teacher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DEEP = {"sew_resnet101", "sew_resnet152"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in DEEP else []) for n in spiking_names()]
+)
+def test_one_graph_forward_and_backward(name):
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    net = student(name, num_timesteps=2).train()
+    plain, counter = copy.deepcopy(net), CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for _ in range(2):
+        assert_close(everything(compiled, images()), everything(plain, images()), 1e-9)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_one_compilation_for_each_t_and_shape():
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    net = student("sew_resnet8").train()
+    plain, counter = copy.deepcopy(net), CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=False)
+    wanted = 0
+    for steps in (T, T - 1, T + 1):
+        for frames in (None, steps):
+            wanted += 1
+            for _ in range(2):
+                for model in (net, plain):
+                    model.set_num_timesteps(steps)
+                x = images(frames=frames)
+                assert_close(everything(compiled, x), everything(plain, x), 1e-9)
+                assert counter.frame_count == wanted
+    net.set_num_timesteps(T)
+    everything(compiled, images())
+    assert counter.frame_count == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sew_resnet8"])
+def test_inductors_network_is_the_eager_one(name):
+    torch.compiler.reset()
+    net = student(name).train()
+    plain = copy.deepcopy(net)
+    compiled = torch.compile(net, fullgraph=True)
+    logits = compiled(images())
+    logits.square().sum().backward()
+    want = plain(images())
+    want.square().sum().backward()
+    assert_close([logits, *(p.grad for p in net.parameters())], [want, *(p.grad for p in plain.parameters())], 1e-9)
+    for one, other in zip(net.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sew_resnet8", "sew_resnet50", "ms_resnet18", "preact_resnet34", "spiking_resnet19"])
+def test_recomputing_changes_no_bit(name):
+    net = student(name, drop_path_rate=0.3 if name == "sew_resnet50" else 0.0).train()
+    plain = copy.deepcopy(net)
+    net.recompute([1, 3])
+    kept = []
+    for model in (net, plain):
+        torch.manual_seed(3)  # of drop-path
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, model=model: kept.append(model) or x, lambda x: x):
+            model(images())
+        torch.manual_seed(3)
+        model.found = everything(model, images())
+    assert 0 < kept.count(net) < kept.count(plain)
+    assert all(torch.equal(one, other) for one, other in zip(net.found, plain.found, strict=True))
+    for model in (net.eval(), plain.eval()):
+        model.found = everything(model, images())
+    assert all(torch.equal(one, other) for one, other in zip(net.found, plain.found, strict=True))
+
+
+@pytest.mark.slow
+def test_recomputing_compiled_changes_nothing_either():
+    torch.compiler.reset()
+    net = student("sew_resnet8").train()
+    plain = copy.deepcopy(net)
+    net.set_grad_checkpointing()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        assert_close(everything(compiled, images()), everything(plain, images()), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("model", "stages", "message"),
+    [
+        ("sew_resnet8", "[4]", r"train.recompute_stages=\[4\]: sew_resnet8 has no stage 4: there are 1 to 3"),
+        ("resnet10t", "[1]", r"train.recompute_stages=\[1\]: student.model=resnet10t is no spiking network"),
+    ],
+)
+def test_stages_that_are_not_there_are_named(model, stages, message):
+    config = load_config("fashion_sew", [f"student.model={model}", f"train.recompute_stages={stages}"])
+    with pytest.raises(ValueError, match=message):
+        choose_recomputed(timm.create_model(model), config)
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_the_fast_path_are_those_of_the_plain_one():
+    """Compiled, in channels_last, the stem once, the teacher folded, by DeepSpeed; against loops, eager, by torch."""
+    torch.compiler.reset()
+    overrides = ["student.num_timesteps=3", "train.batch_size=2", "launcher.tasks_per_node=1", "optim.lr=0.05"]
+    config = load_config("fashion_sew", [*overrides, "loss.temperature=2", "train.recompute_stages=[2]"])
+    net = student("sew_resnet8").train()
+    looped = LoopedNet(copy.deepcopy(net))
+    choose_recomputed(net, config)
+    teacher = create_teacher(TeacherConfig("resnet10t", pretrained=False), DataConfig(), num_classes=K, in_chans=3)
+    plain_teacher = copy.deepcopy(teacher.double())
+    teacher.to(memory_format=torch.channels_last).compile_folded()
+    join(0, 1, free_port(), "cpu")
+    try:
+        engine = Engine(net, config, device=torch.device("cpu"), steps_per_epoch=100, compiled=True)
+        optim = config.optim
+        optimizer = timm.optim.create_optimizer_v2(
+            looped, opt="momentum", lr=1.0, weight_decay=optim.weight_decay, momentum=optim.momentum
+        )
+        loss = TemporalDistillationLoss(config.loss.alpha, config.loss.beta, 2.0)
+        ours, theirs = [], []
+        for k in range(20):
+            x, labels = images(seed=k), torch.tensor([k % K, (k + 2) % K])
+            terms = loss(engine.forward(x.to(memory_format=torch.channels_last)), teacher(x), labels)
+            engine.backward(terms.total)
+            rate = engine.learning_rate
+            engine.update()
+            ours.append(terms.total.item())
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            total = by_hand(looped(x), plain_teacher(x), labels, config.loss.alpha, config.loss.beta, 2.0)
+            total.backward()
+            optimizer.step()
+            theirs.append(total.item())
+    finally:
+        distributed.stop()
+    assert max(theirs) - min(theirs) > 0.1
+    assert ours == pytest.approx(theirs, rel=1e-9, abs=0)
+
+
+def by_hand(logits_TBK, teacher_BK, labels, alpha, beta, tau):
+    ensemble_BK, total = logits_TBK.mean(0).detach(), 0.0
+    for logits_BK in logits_TBK:
+        total = total + F.cross_entropy(logits_BK, labels) / T
+        for weight, target_BK in ((alpha, teacher_BK), (beta, ensemble_BK)):
+            p_BK, log_q_BK = F.softmax(target_BK / tau, 1), F.log_softmax(logits_BK / tau, 1)
+            total = total + weight * tau**2 * (p_BK * (p_BK.log() - log_q_BK)).sum() / B / T
+    return total
