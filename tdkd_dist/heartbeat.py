@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 WRITE_EVERY_S = 5.0
 EXIT_STATUS = 75
-PHASES = ("waiting for data", "training", "agreeing", "validating", "saving")
-"""What a rank does within a step, in order."""
+START_UP = ("importing", "opening data", "building networks", "restoring", "starting W&B")
+PHASES = (*START_UP, "waiting for data", "training", "agreeing", "validating", "saving")
+"""What a rank does, in order: once, and within a step."""
 
 
 @dataclass
@@ -41,8 +44,10 @@ class Heartbeat:
     def __init__(self, folder: Path, *, rank: int, timeout_s: float) -> None:
         self._path = folder / f"rank-{rank:05d}.json"
         self._timeout_s = timeout_s
-        self._sign = Sign(rank, socket.gethostname(), os.getpid(), "starting", 0, time.time())
+        self._sign = Sign(rank, socket.gethostname(), os.getpid(), PHASES[0], 0, time.time())
         self._moved = time.monotonic()
+        self._spent = {PHASES[0]: time.time() - psutil.Process().create_time()}
+        """Seconds in every phase, from the start of the process on."""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
 
@@ -59,8 +64,15 @@ class Heartbeat:
 
     def beat(self, phase: str, step: int) -> None:
         """Say that this rank goes on, and with what."""
+        now = time.monotonic()
+        self._spent[self._sign.phase] = self._spent.get(self._sign.phase, 0.0) + now - self._moved
         self._sign.phase, self._sign.step = phase, step
-        self._sign.moved, self._moved = time.time(), time.monotonic()
+        self._sign.moved, self._moved = time.time(), now
+
+    def describe_time(self) -> str:
+        """Seconds since the start of the process, all of them and by phase, up to the last beat."""
+        parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self._spent.items())
+        return f"{sum(self._spent.values()):.1f} s ({parts})"
 
     def _watch(self) -> None:
         written = time.monotonic()

@@ -127,6 +127,7 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
     """
     log = Log(folder.log_file)
     log.take_over_logging()
+    heartbeat.beat("opening data", 0)
     validation = make_val_loader(
         config.data,
         batch_size=config.eval.batch_size or config.micro_batch,
@@ -137,6 +138,7 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
     )
     normalise = Normalise(config.data.mean, config.data.std).to(place.device)
     parts = Run(config, folder, place, log, heartbeat, normalise, validation)
+    heartbeat.beat("building networks", 0)
     torch.manual_seed(config.run.seed)
     student = create_student(config.student)
     if config.student.checkpoint is not None:
@@ -177,11 +179,13 @@ class Trainer:
     _is_best: bool = False
     """Whether the state in hand is that of the best validation so far."""
     _warned: bool = False
+    _underway: bool = False
 
     @classmethod
     def build(cls, parts: Run, student: nn.Module, should_stop: Callable[[], bool]) -> "Trainer":
         """Everything a training needs, in the state of the newest checkpoint if there is one."""
         config, place, log = parts.config, parts.place, parts.log
+        parts.heartbeat.beat("opening data", 0)
         loader = make_train_loader(
             config.data,
             batch_size=config.train.batch_size,
@@ -192,6 +196,7 @@ class Trainer:
             device=place.device,
             workers=place.workers,
         )
+        parts.heartbeat.beat("building networks", 0)
         compiled = _compiles(config, loader.steps_per_epoch, place.device)
         teacher = _build_teacher(parts)
         if teacher is not None and compiled:
@@ -207,11 +212,13 @@ class Trainer:
         )
         # Initialisation is the same on every rank; what the training itself draws is each rank's own.
         torch.manual_seed(config.run.seed * 100_003 + place.rank)
+        parts.heartbeat.beat("restoring", 0)
         restored = checkpoint.restore(parts.folder.checkpoints, engine, log.say)
         progress = restored or Progress()
         if restored:
             log.say(f"resumed after epoch {progress.epoch}, at step {progress.global_step}")
         last_step = progress.global_step if restored else -1
+        parts.heartbeat.beat("starting W&B", 0)
         record = Record(parts.folder, config, log, wandb_id=progress.wandb_id, global_step=last_step)
         progress.wandb_id = record.wandb_id
         mixer = Mixer(
@@ -303,6 +310,10 @@ class Trainer:
             progress.step_in_epoch += 1
             progress.global_step += 1
             meter.step(progress.epoch, progress.step_in_epoch, progress.global_step, engine.learning_rate)
+            if not self._underway:
+                self._underway = True
+                heartbeat.beat("training", progress.global_step)
+                self.parts.log.say(f"first step after {heartbeat.describe_time()}")
             if guard.save and progress.step_in_epoch < self.loader.steps_per_epoch:
                 self._save()
         batches.close()

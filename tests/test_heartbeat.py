@@ -47,6 +47,28 @@ def test_a_rank_that_moves_lives_on(tmp_path: Path) -> None:
     assert find_laggard([sign]) is None
 
 
+def test_tells_where_the_time_went(tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, rank=0, timeout_s=10.0) as heartbeat:
+        heartbeat.beat("opening data", 0)
+        time.sleep(0.2)
+        heartbeat.beat("training", 0)
+        time.sleep(0.1)
+        heartbeat.beat("opening data", 0)
+        time.sleep(0.2)
+        heartbeat.beat("saving", 1)
+        said = heartbeat.describe_time()
+    total, parts = (
+        float(said.split()[0]),
+        dict(part.rsplit(" ", 1) for part in said[said.index("(") + 1 : -1].split(", ")),
+    )
+    assert list(parts) == ["importing", "opening data", "training"]
+    assert 0.4 <= float(parts["opening data"]) < 1
+    assert 0.1 <= float(parts["training"]) < 0.5
+    # From the start of this process, which has imported torch.
+    assert float(parts["importing"]) > 0.5
+    assert abs(sum(map(float, parts.values())) - total) < 0.3
+
+
 def test_the_least_far_rank_is_the_laggard_and_broken_signs_are_left_out(tmp_path: Path) -> None:
     signs = [Sign(k, "host", 1, phase, step, 0.0, hung=k == 0) for k, (phase, step) in
              enumerate([("waiting for data", 5), ("agreeing", 4), ("training", 4)])]  # fmt: skip

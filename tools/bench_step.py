@@ -2,7 +2,7 @@
 
     python tools/bench_step.py                                             # this machine: T=4, 4 images of 96 px, fp32
     python tools/bench_step.py --device cuda --batch 64 --size 224 --precision bf16
-    python tools/bench_step.py --only full,resnet --no-compile
+    python tools/bench_step.py --only full,resnet --profile                # and where the time goes
 
 The contestants are in `step_contestants.py`. Each lives in a process of its own, and a round goes through all of them,
 so that a machine that slows down slows all of them; a ratio is the median over rounds of a round's ratio. spikingjelly
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import step_profile
 import torch
 from step_contestants import CONTESTANTS, inputs
 
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = as_markdown(options, results)
+    if options.profile:
+        table += "\n\n" + step_profile.as_markdown(step_profile.profile(options))
     print(table)
     if options.json:
         write_json(options.json, {"options": describe(options), "results": results})
@@ -70,6 +73,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps a contestant takes in a round")
     parser.add_argument("--only", default=",".join(CONTESTANTS), help="contestants, separated by commas")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our student's recipe")
+    parser.add_argument("--profile", action="store_true", help="also show where the full step's time goes")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -237,7 +242,19 @@ def resident_mib(field: str) -> float:
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
     """What was measured, and on what."""
-    keys = ("student", "teacher", "timesteps", "batch", "size", "precision", "compile", "rounds", "steps", "device")
+    keys = (
+        "student",
+        "teacher",
+        "timesteps",
+        "batch",
+        "size",
+        "precision",
+        "compile",
+        "set",
+        "rounds",
+        "steps",
+        "device",
+    )
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} cores, {processor()}"
     return {key: getattr(options, key) for key in keys} | {"hardware": device, "torch": torch.__version__}
 

@@ -22,13 +22,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from tdkd_dist import distributed
 from tdkd_dist.config import Config
 from tdkd_dist.engine import Engine, use_bf16
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.recipe import load_config
-from tdkd_dist.students import SpikingNet, create_student
+from tdkd_dist.students import SpikingNet, choose_recomputed, create_student
 from tdkd_dist.teachers import Teacher, create_teacher
 from tdkd_dist.train import make_loss
 from tdkd_dist.validate import as_timesteps
@@ -50,7 +51,7 @@ def make_config(options: argparse.Namespace) -> Config:
         "launcher.gpus_per_node": int(options.device == "cuda"),
         "launcher.tasks_per_node": 1,
     }
-    return load_config("imagenet_sew34", [f"{key}={value}" for key, value in settings.items()])
+    return load_config("imagenet_sew34", [f"{key}={value}" for key, value in settings.items()] + options.set)
 
 
 def full(options: argparse.Namespace) -> Step:
@@ -63,6 +64,7 @@ def make_step(config: Config, device: torch.device, *, compiled: bool) -> Step:
     """A run's optimiser step on this rank, with a teacher of random weights; the process group must exist."""
     torch.manual_seed(0)
     student = create_student(config.student).to(device)
+    choose_recomputed(student, config)
     engine = Engine(student, config, device=device, steps_per_epoch=1000, compiled=compiled)
     engine.student.train()
     teacher: Teacher | None = None
@@ -77,17 +79,24 @@ def make_step(config: Config, device: torch.device, *, compiled: bool) -> Step:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config, device))
 
     def step(images_BCHW: Tensor, labels_B: Tensor) -> None:
-        with autocast:
+        with record_function("teacher"), autocast:
             teacher_logits_BK = teacher(images_BCHW) if teacher is not None else None
-        engine.backward(loss(as_timesteps(engine.forward(images_BCHW)), teacher_logits_BK, labels_B).total)
-        engine.update()
+        with record_function("student"):
+            logits_TBK = as_timesteps(engine.forward(images_BCHW))
+        with record_function("loss"):
+            total = loss(logits_TBK, teacher_logits_BK, labels_B).total
+        engine.backward(total)
+        with record_function("optimiser"):
+            engine.update()
 
     return step
 
 
 def student(options: argparse.Namespace) -> Step:
     """Our student alone."""
-    net = create_student(make_config(options).student).train()
+    config = make_config(options)
+    net = create_student(config.student).train()
+    choose_recomputed(net, config)
     return _plain_step(options, net, lambda logits_TBK: logits_TBK.mean(0), compiled=options.compile)
 
 

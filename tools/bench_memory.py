@@ -1,0 +1,97 @@
+"""Peak memory of the student's training pass against the number of timesteps, and what each option saves.
+
+    python tools/bench_memory.py                                                     # this machine: 16 images of 96 px
+    python tools/bench_memory.py --device cuda --batch 64 --size 224 --precision bf16
+
+Forward, cross-entropy and backward of our student alone, in a process of its own for each figure, without its weights
+and what was there before; `resnet` is timm's plain one on T*B images. The slope is that of a straight line through the
+timesteps, a timestep's memory for one image.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from bench_step import Worker, describe, parse
+from step_contestants import make_config
+
+from tdkd_dist.command_line import Parser
+from tdkd_dist.students import SpikingNet, create_student
+
+
+def main(argv: list[str]) -> int:
+    """Measure and tell; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--student", default="sew_resnet34")
+    parser.add_argument("--timesteps", default="1,2,4,8", help="numbers of timesteps, separated by commas")
+    parser.add_argument("--batch", default="16")
+    parser.add_argument("--size", default="96")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--markdown", type=Path, help="append the table to this file")
+    try:
+        args = parser.parse_args(argv)
+        table = measure(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table)
+    if args.markdown:
+        with args.markdown.open("a") as stream:
+            stream.write(table + "\n")
+    return 0
+
+
+def measure(args: argparse.Namespace) -> str:
+    """The table, in Markdown. Raises `ValueError`."""
+    common = [f"--{name}={getattr(args, name)}" for name in ("device", "student", "batch", "size", "precision")]
+    options = parse(common)
+    try:
+        timesteps = [int(text) for text in args.timesteps.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--timesteps {args.timesteps}: give numbers separated by commas") from error
+    student = create_student(make_config(options).student)
+    assert isinstance(student, SpikingNet)
+    stages = list(range(1, student.num_stages + 1))
+    variants: dict[str, tuple[str, list[str]]] = {
+        "resnet": ("resnet", []),
+        "student": ("student", []),
+        "student, eager": ("student", ["--no-compile"]),
+        "student, stage 1 recomputed": ("student", ["--set=train.recompute_stages=[1]"]),
+        "student, all stages recomputed": ("student", [f"--set=train.recompute_stages={stages}".replace(" ", "")]),
+    }
+    if args.precision == "bf16":
+        variants["student, fp32"] = ("student", ["--precision=fp32"])
+    facts = describe(options)
+    lines = [
+        f"{facts['student']}, {facts['batch']} images of {facts['size']} px, {facts['precision']}; {facts['hardware']},"
+        f" torch {facts['torch']}; peak memory in MiB, and ms a step at the largest T.",
+        "",
+        f"| | {' | '.join(f'T = {T}' for T in timesteps)} | a timestep and image | ms |",
+        "|---" * (len(timesteps) + 3) + "|",
+    ]
+    for title, (contestant, extra) in variants.items():
+        found = [peak([*common, *extra, f"--timesteps={T}"], contestant) for T in timesteps]
+        mib = [m for m, _ in found]
+        slope = np.polyfit(timesteps, mib, 1)[0] / options.batch if len(timesteps) > 1 else float("nan")
+        lines.append(f"| {title} | {' | '.join(f'{m:.0f}' for m in mib)} | {slope:.2f} | {1000 * found[-1][1]:.0f} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def peak(argv: list[str], contestant: str) -> tuple[float, float]:
+    """Peak memory in MiB and seconds of a step. Raises `ValueError` if the process fails."""
+    worker = Worker(argv, contestant, "eager")
+    try:
+        worker.ask("start")
+        seconds = worker.ask("round")
+        return worker.ask("end"), seconds
+    except RuntimeError as error:
+        raise ValueError(f"{' '.join(argv)}: {error}") from error
+    finally:
+        worker.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
