@@ -3,7 +3,6 @@
 Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -29,6 +28,7 @@ from tdkd_dist.guard import StepGuard
 from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.losses import TemporalDistillationLoss
 from tdkd_dist.run_folder import RunFolder, write_json
+from tdkd_dist.scheduler import warn_of_short_notice
 from tdkd_dist.students import choose_recomputed, create_student
 from tdkd_dist.teachers import Teacher, create_teacher
 from tdkd_dist.tracking import Log, Record, TrainMeter, format_seconds, format_table
@@ -382,20 +382,13 @@ class Trainer:
         self.parts.heartbeat.beat("saving", self.progress.global_step)
         say, started = self.parts.log.say, time.monotonic()
         saved = checkpoint.save(folder, self.engine, self.progress, keep=keep, best=self._is_best, say=say)
-        self._check_notice(time.monotonic() - started)
+        notice_s = self.parts.config.launcher.signal_delay_s
+        if not self._warned and (warning := warn_of_short_notice(time.monotonic() - started, notice_s)):
+            self._warned = True
+            say(warning)
         self._is_best = False
         self.guard.saved()
         return saved
-
-    def _check_notice(self, seconds: float) -> None:
-        """Say once if Slurm's notice before the end is short for a save that takes `seconds`."""
-        notice_s = self.parts.config.launcher.signal_delay_s
-        if 2 * seconds > notice_s and not self._warned and "SLURM_JOB_ID" in os.environ:
-            self._warned = True
-            self.parts.log.say(
-                f"warning: saving took {seconds:.0f} s; launcher.signal_delay_s={notice_s} should be"
-                f" {max(120, 3 * seconds):.0f} or more, or a preempted job may lose the steps since its last checkpoint"
-            )
 
     def _save_student(self, path: Path) -> None:
         """On rank 0. A full disk is said, and costs the file."""

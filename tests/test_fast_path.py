@@ -10,7 +10,7 @@ import pytest
 import timm.optim
 import torch
 from networks import B, K, T, assert_close, everything, images, student
-from step_contestants import LoopedNet, free_port, join
+from step_contestants import LoopedNet
 from torch.nn import functional as F
 
 from tdkd_dist import distributed
@@ -134,7 +134,7 @@ def test_twenty_steps_of_the_fast_path_are_those_of_the_plain_one():
     teacher = create_teacher(TeacherConfig("resnet10t", pretrained=False), DataConfig(), num_classes=K, in_chans=3)
     plain_teacher = copy.deepcopy(teacher.double())
     teacher.to(memory_format=torch.channels_last).compile_folded()
-    join(0, 1, free_port(), "cpu")
+    distributed.start_here(0, 1, distributed.free_port(), torch.device("cpu"))
     try:
         engine = Engine(net, config, device=torch.device("cpu"), steps_per_epoch=100, compiled=True)
         optim = config.optim

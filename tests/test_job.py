@@ -9,6 +9,7 @@ import torch
 from tdkd_dist.config import Config, LossConfig
 from tdkd_dist.follow import LogTail, _bar
 from tdkd_dist.job import CACHES, Job, _SignalFlags, cores_per_rank, is_users_mistake, keep_caches_local
+from tdkd_dist.scheduler import warn_of_short_notice
 from tdkd_dist.tracking import PROGRESS_PREFIX
 
 
@@ -100,3 +101,13 @@ def test_on_a_terminal_progress_is_one_line_with_a_bar(tmp_path, capsys, monkeyp
     assert "[##########..........]" in shown
     assert shown.endswith("\r\x1b[Kepoch 1/2 done\n")
     assert _bar(f"{PROGRESS_PREFIX}0/7 x", 4) == "[....]"
+
+
+def test_a_notice_too_short_for_a_save_is_told_in_slurm_jobs_alone(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert warn_of_short_notice(100, 120) is None
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert warn_of_short_notice(60, 120) is None
+    said = warn_of_short_notice(100, 120)
+    assert said is not None
+    assert said.startswith("warning: saving took 100 s; launcher.signal_delay_s=120 should be 300 or more")

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from step_contestants import free_port, join
 
 from tdkd_dist import checkpoint, distributed
 from tdkd_dist.checkpoint import Progress
-from tdkd_dist.command_line import Parser
+from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.config import Config, StudentConfig, TrainConfig
 from tdkd_dist.engine import Engine
 from tdkd_dist.students import create_student
@@ -30,32 +29,30 @@ from tdkd_dist.students import create_student
 
 def main(argv: list[str]) -> int:
     """Measure; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    return run_tool(lambda: compare(argv))
+
+
+def compare(argv: list[str]) -> None:
+    """Measure, and print the table. Raises `ValueError`."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", nargs="+", default=["sew_resnet18", "sew_resnet34", "sew_resnet101"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
-    try:
-        args = parser.parse_args(argv)
-        lines = [
-            f"One rank, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};"
-            f" median of {args.rounds} rounds (least to most).",
-            "",
-            "| student | size | bare torch.save | our save | ratio | restore | of 30 minutes |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        join(0, 1, free_port(), "cpu")
-        lines += [measure(name, args.folder, args.rounds) for name in args.student]
-        distributed.stop()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    table = "\n".join(lines)
-    print(table)
-    if args.markdown:
-        with args.markdown.open("a") as stream:
-            stream.write(table + "\n")
-    return 0
+    args = parser.parse_args(argv)
+    if not args.folder.is_dir():
+        raise ValueError(f"--folder {args.folder}: no such folder")
+    lines = [
+        f"One rank, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};"
+        f" median of {args.rounds} rounds (least to most).",
+        "",
+        "| student | size | bare torch.save | our save | ratio | restore | of 30 minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    distributed.start_here(0, 1, distributed.free_port(), torch.device("cpu"))
+    lines += [measure(name, args.folder, args.rounds) for name in args.student]
+    distributed.stop()
+    publish("\n".join(lines), args.markdown)
 
 
 def measure(name: str, folder: Path, rounds: int) -> str:

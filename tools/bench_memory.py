@@ -16,12 +16,17 @@ import numpy as np
 from bench_step import Worker, describe, parse
 from step_contestants import make_config
 
-from tdkd_dist.command_line import Parser
+from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.students import SpikingNet, create_student
 
 
 def main(argv: list[str]) -> int:
     """Measure and tell; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    return run_tool(lambda: compare(argv))
+
+
+def compare(argv: list[str]) -> None:
+    """Measure, and print the table. Raises `ValueError`."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--student", default="sew_resnet34")
@@ -30,17 +35,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--size", default="96")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
-    try:
-        args = parser.parse_args(argv)
-        table = measure(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table)
-    if args.markdown:
-        with args.markdown.open("a") as stream:
-            stream.write(table + "\n")
-    return 0
+    args = parser.parse_args(argv)
+    publish(measure(args), args.markdown)
 
 
 def measure(args: argparse.Namespace) -> str:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tdkd_dist.command_line import Parser
+from tdkd_dist.command_line import Parser, publish, run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE = re.compile(r"first step after ([\d.]+) s \((.*)\)")
@@ -27,22 +27,18 @@ CHECK = "validating"
 
 def main(argv: list[str]) -> int:
     """Measure and tell; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    return run_tool(lambda: measure(argv))
+
+
+def measure(argv: list[str]) -> None:
+    """Start again and again, and print the table. Raises `ValueError`."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and overrides")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
-    try:
-        args = parser.parse_args(argv)
-        found = [start_once(args.settings) for _ in range(args.rounds + 1)][1:]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    table = as_markdown(args.settings, found)
-    print(table)
-    if args.markdown:
-        with args.markdown.open("a") as stream:
-            stream.write(table + "\n")
-    return 0
+    args = parser.parse_args(argv)
+    found = [start_once(args.settings) for _ in range(args.rounds + 1)][1:]
+    publish(as_markdown(args.settings, found), args.markdown)
 
 
 def start_once(settings: list[str]) -> dict[str, float]:

@@ -24,7 +24,7 @@ import step_profile
 import torch
 from step_contestants import CONTESTANTS, inputs
 
-from tdkd_dist.command_line import Parser
+from tdkd_dist.command_line import Parser, publish
 from tdkd_dist.run_folder import write_json
 
 VARIANTS = ("eager", "eager channels_last", "compiled", "compiled channels_last")
@@ -48,12 +48,9 @@ def main(argv: list[str]) -> int:
     table = as_markdown(options, results)
     if options.profile:
         table += "\n\n" + step_profile.as_markdown(step_profile.profile(options))
-    print(table)
+    publish(table, options.markdown)
     if options.json:
         write_json(options.json, {"options": describe(options), "results": results})
-    if options.markdown:
-        with options.markdown.open("a") as stream:
-            stream.write(table + "\n")
     return 0 if all("error" not in result for result in results.values()) else 1
 
 
@@ -145,7 +142,10 @@ class Contest:
                     self._workers.remove(worker)
             say(f"round {k + 1} of {self._options.rounds}")
         for worker in self._workers:
-            results[worker.name]["peak_mib"] = worker.ask("end")
+            try:
+                results[worker.name]["peak_mib"] = worker.ask("end")
+            except RuntimeError as error:
+                results[worker.name] = {"error": str(error)}
         return results
 
     def close(self) -> None:
@@ -168,7 +168,7 @@ class Contest:
         for variant in VARIANTS if self._options.compile else VARIANTS[:2]:
             try:
                 worker = self._start("spikingjelly", variant)
-                took = worker.ask("round")
+                took = first_round(worker)
             except RuntimeError as error:
                 say(str(error))
                 continue
@@ -182,6 +182,16 @@ class Contest:
         if best is None:
             raise RuntimeError("spikingjelly runs in none of its variants")
         return best[1]
+
+
+def first_round(worker: Worker) -> float:
+    """Seconds of a step; a worker that dies of it is ended."""
+    try:
+        seconds: float = worker.ask("round")
+        return seconds
+    except RuntimeError:
+        worker.close()
+        raise
 
 
 def work(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tdkd_dist.command_line import Parser
+from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.report import figures, tables
 from tdkd_dist.report.page import write_page
 from tdkd_dist.report.runs import check_comparable, group_runs, load_runs
@@ -16,12 +16,7 @@ from tdkd_dist.report.runs import check_comparable, group_runs, load_runs
 
 def main(argv: list[str]) -> int:
     """Compare; the exit status: 0 done, 2 a user's mistake, told in one line."""
-    try:
-        compare(parse(argv))
-    except ValueError as error:
-        print(f"compare_runs: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: compare(parse(argv)), "compare_runs")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -26,6 +26,7 @@ import psutil
 from PIL import Image
 from safetensors.torch import load_file
 
+from tdkd_dist.command_line import publish
 from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.tracking import format_seconds, read_rows
 
@@ -61,10 +62,7 @@ def main() -> int:
         left_s = (args.count - len(done)) * (time.monotonic() - began)
         print(f"run {number}: {json.dumps(new)}; about {format_seconds(left_s)} left", flush=True)
     table = summarise(rows)
-    print(table)
-    if args.markdown:
-        with args.markdown.open("a") as stream:
-            stream.write(table + "\n")
+    publish(table, args.markdown)
     return 0 if all(row["survived"] for row in rows) else 1
 
 

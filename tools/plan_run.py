@@ -22,10 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from step_contestants import free_port, join, make_step
+from step_contestants import make_step
 from torch import nn
 
-from tdkd_dist.command_line import Parser
+from tdkd_dist import distributed
+from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.config import Config
 from tdkd_dist.recipe import load_config
 from tdkd_dist.students import create_student
@@ -114,14 +115,7 @@ def synced_norms(config: Config) -> int:
 
 def main(argv: list[str]) -> int:
     """Plan; the exit status: 0 done, 2 a user's mistake, told in one line."""
-    try:
-        options = parse(argv)
-        config = load_config(options.recipe, options.overrides)
-        show(config, options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: show(parse(argv)))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -161,8 +155,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def show(config: Config, options: argparse.Namespace) -> None:
+def show(options: argparse.Namespace) -> None:
     """Measure what is not given, and print the plan."""
+    config = load_config(options.recipe, options.overrides)
     per_node = options.gpus_per_node or config.launcher.ranks_per_node
     links = Links(1e9 * (options.gpu_gb_s or GPU_GB_S), 1e9 * options.node_gb_s, 1e-6 * options.latency_us)
     micro_s, size = options.step_ms and options.step_ms / 1000, gradient_bytes(config)
@@ -237,7 +232,7 @@ def check(config: Config, size: int, links: Links, micro_s: float, ranks: int) -
 def on_ranks(ranks: int, task: Callable[..., Any], config: Config) -> list[Any]:
     """What `task(rank, ranks, config, port, meet)` returns in as many processes at a time."""
     context = mp.get_context("spawn")
-    queue, meet, port = context.SimpleQueue(), context.Barrier(ranks), free_port()
+    queue, meet, port = context.SimpleQueue(), context.Barrier(ranks), distributed.free_port()
     arguments = (task, ranks, config, port, meet, queue)
     mp.spawn(_call, arguments, ranks)  # type: ignore[attr-defined,no-untyped-call]
     return [answer for _, answer in sorted(queue.get() for _ in range(ranks))]
@@ -252,12 +247,12 @@ def _call(rank: int, task: Callable[..., Any], ranks: int, config: Config, port:
 
 
 def _time_alone(rank: int, ranks: int, config: Config, port: int, meet: Any) -> float:
-    join(0, 1, free_port(), _device(config))
+    distributed.start_here(0, 1, distributed.free_port(), torch.device(_device(config)))
     return _time_steps(config, meet)
 
 
 def _time_together(rank: int, ranks: int, config: Config, port: int, meet: Any) -> float:
-    join(rank, ranks, port, _device(config))
+    distributed.start_here(rank, ranks, port, torch.device(_device(config)))
     return _time_steps(config, meet)
 
 
@@ -284,7 +279,7 @@ def _time_steps(config: Config, meet: Any) -> float:
 
 def _time_all_reduce(rank: int, ranks: int, config: Config, port: int, meet: Any) -> tuple[float, float]:
     """Bytes a second of the gradients' all-reduce, with the copies into and out of one buffer; a message's seconds."""
-    join(rank, ranks, port, _device(config))
+    distributed.start_here(rank, ranks, port, torch.device(_device(config)))
     device = torch.device(_device(config))
     gradients = [torch.zeros_like(p, device=device) for p in create_student(config.student).parameters()]
 

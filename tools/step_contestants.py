@@ -12,8 +12,6 @@ Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 """
 
 import argparse
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -56,7 +54,7 @@ def make_config(options: argparse.Namespace) -> Config:
 
 def full(options: argparse.Namespace) -> Step:
     """Our whole step."""
-    join(0, 1, free_port(), options.device)
+    distributed.start_here(0, 1, distributed.free_port(), torch.device(options.device))
     return make_step(make_config(options), torch.device(options.device), compiled=options.compile)
 
 
@@ -269,24 +267,3 @@ def _plain_step(
         F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
 
     return step
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def join(rank: int, world_size: int, port: int, device: str) -> None:
-    """Join a process group on this machine."""
-    facts = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ |= {name: str(value) for name, value in facts.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
-    distributed.start(torch.device(device))

@@ -3,8 +3,6 @@
 Needs torch, timm, DeepSpeed, OmegaConf and Pillow alone, so that it also runs where ffcv, submitit or W&B are not.
 """
 
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +28,9 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def nccl_group():
     """A process group of one rank, over nccl."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
-    distributed.start(device)
+    distributed.start_here(0, 1, distributed.free_port(), device)
     yield
     distributed.stop()
 
