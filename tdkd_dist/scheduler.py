@@ -82,7 +82,7 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 
 def warn_of_short_notice(save_s: float, notice_s: float) -> str | None:
-    """What to say in a Slurm job if a checkpoint that took `save_s` may not be done within the notice before the end."""
+    """What to say in a Slurm job if a checkpoint that took `save_s` may take longer than the notice before the end."""
     if "SLURM_JOB_ID" not in os.environ or 2 * save_s <= notice_s:
         return None
     return (
