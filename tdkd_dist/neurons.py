@@ -72,37 +72,41 @@ def _require(condition: bool, key: str, value: object, wanted: str) -> None:
         raise ValueError(f"student.neuron.{key}={value}: must be {wanted}")
 
 
-# Surrogate derivatives at u = v - threshold. They overwrite u: on a CPU a fresh tensor an operation costs more than
-# the arithmetic.
+# Surrogate derivatives at u = v - threshold, into `out` if it is given; it may be u itself. Eager mode on a CPU needs
+# that: a fresh tensor an operation costs more than the arithmetic. Compiled code must not: whatever is written in place
+# is kept for the backward pass instead of computed again.
 
 
-def _sigmoid_(u: Tensor, a: float) -> Tensor:
-    y = u.mul_(a).sigmoid_()
-    return y.addcmul_(y, y, value=-1).mul_(a)
+def _sigmoid(u: Tensor, a: float, out: Tensor | None = None) -> Tensor:
+    y = torch.sigmoid(torch.mul(u, a, out=out), out=out)
+    return torch.mul(torch.addcmul(y, y, y, value=-1, out=out), a, out=out)
 
 
-def _atan_(u: Tensor, a: float) -> Tensor:
-    return u.mul_(math.pi / 2 * a).square_().add_(1).reciprocal_().mul_(a / 2)
+def _atan(u: Tensor, a: float, out: Tensor | None = None) -> Tensor:
+    squared = torch.square(torch.mul(u, math.pi / 2 * a, out=out), out=out)
+    return torch.mul(torch.reciprocal(torch.add(squared, 1, out=out), out=out), a / 2, out=out)
 
 
-def _rectangle_(u: Tensor, a: float) -> Tensor:
-    return u.abs_().lt_(0.5 / a).mul_(a)
+def _rectangle(u: Tensor, a: float, out: Tensor | None = None) -> Tensor:
+    inside = torch.lt(torch.abs(u, out=out), 0.5 / a, out=out).to(u.dtype)
+    return torch.mul(inside, a, out=out)
 
 
-def _triangle_(u: Tensor, a: float) -> Tensor:
-    return u.abs_().mul_(-a * a).add_(a).clamp_(min=0)
+def _triangle(u: Tensor, a: float, out: Tensor | None = None) -> Tensor:
+    slope = torch.add(torch.mul(torch.abs(u, out=out), -a * a, out=out), a, out=out)
+    return torch.clamp(slope, min=0, out=out)
 
 
 class _SurrogateEntry(NamedTuple):
     alpha: float
-    derivative_: Callable[[Tensor, float], Tensor]
+    derivative: Callable[[Tensor, float, Tensor | None], Tensor]
 
 
 SURROGATES: dict[str, _SurrogateEntry] = {
-    "sigmoid": _SurrogateEntry(4.0, _sigmoid_),
-    "atan": _SurrogateEntry(2.0, _atan_),
-    "rectangle": _SurrogateEntry(1.0, _rectangle_),
-    "triangle": _SurrogateEntry(1.0, _triangle_),
+    "sigmoid": _SurrogateEntry(4.0, _sigmoid),
+    "atan": _SurrogateEntry(2.0, _atan),
+    "rectangle": _SurrogateEntry(1.0, _rectangle),
+    "triangle": _SurrogateEntry(1.0, _triangle),
 }
 """Default slope and derivative of every surrogate."""
 
@@ -144,13 +148,13 @@ class _Spike(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, gap: float, surrogate: str, alpha: float) -> Tensor:
         ctx.save_for_backward(h)
         ctx.constants = gap, surrogate, alpha
-        return _fire(h, gap, torch.empty_like(h))
+        return torch.ge(h, gap).to(h.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (h,) = ctx.saved_tensors
         gap, surrogate, alpha = ctx.constants
-        return SURROGATES[surrogate].derivative_(h - gap, alpha) * grad, None, None, None
+        return SURROGATES[surrogate].derivative(h - gap, alpha, None) * grad, None, None, None
 
 
 class _FoldedNeuron(torch.autograd.Function):
@@ -188,7 +192,7 @@ class _FoldedNeuron(torch.autograd.Function):
         grad_decay = m.new_zeros(()) if learned else None
         for t in reversed(range(len(x_TB))):
             h = h_TB[t]
-            derivative = SURROGATES[k.surrogate].derivative_(torch.sub(h, k.gap, out=d), k.alpha)
+            derivative = SURROGATES[k.surrogate].derivative(torch.sub(h, k.gap, out=d), k.alpha, d)
             if k.detach_reset:
                 grad_s.copy_(grad_TB[t])
             elif k.drop is None:
@@ -260,8 +264,10 @@ class SpikingNeuron(nn.Module):
             spikes: Tensor = _FoldedNeuron.apply(x_TB, decay, self._dynamics)
             return spikes.flatten(0, 1)
         steps, m = [], None
-        for x in x_TB.unbind(0):
-            s, m = self._step(x, m, decay)
+        for x in x_TB.chunk(
+            len(x_TB)
+        ):  # unlike unbind's, compiled code computes its results again in the backward pass
+            s, m = self._step(x.squeeze(0), m, decay)
             steps.append(s)
         return torch.cat(steps)
 

@@ -122,6 +122,25 @@ def test_stages_that_are_not_there_are_named(model, stages, message):
         choose_recomputed(timm.create_model(model), config)
 
 
+def test_compiled_it_keeps_no_more_for_the_backward_pass_than_the_plain_network():
+    """Membranes, spikes before the shortcut and surrogates are computed again, from what batch norm keeps anyway."""
+    kept = {}
+    for name, images_in_all, arguments in (("resnet18", T * B, {}), ("sew_resnet18", B, {"num_timesteps": T})):
+        torch.compiler.reset()
+        net = timm.create_model(name, num_classes=K, **arguments).train()
+        weights = {p.data_ptr() for p in net.parameters()}
+        found = []
+
+        def keep(x, found=found, weights=weights):
+            found.append(x.numel() * x.element_size() if x.data_ptr() not in weights else 0)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            torch.compile(net, backend="aot_eager_decomp_partition")(torch.randn(images_in_all, 3, 64, 64))
+        kept[name] = sum(found)
+    assert 0 < kept["sew_resnet18"] <= kept["resnet18"]
+
+
 @pytest.mark.slow
 def test_twenty_steps_of_the_fast_path_are_those_of_the_plain_one():
     """Compiled, in channels_last, the stem once, the teacher folded, by DeepSpeed; against loops, eager, by torch."""
