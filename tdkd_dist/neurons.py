@@ -214,6 +214,26 @@ def _steps_like(m: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided((steps, *m.shape), (m.numel(), *m.stride()), dtype=dtype, device=m.device)
 
 
+class _AddSteps(torch.autograd.Function):
+    """The concatenation of `steps`, plus `shortcut`; its gradient is the shortcut's as it is, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, *steps: Tensor) -> Tensor:
+        ctx.num_steps = len(steps)
+        return torch.cat([a + s for a, s in zip(shortcut.chunk(len(steps)), steps, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *grad.chunk(ctx.num_steps)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """A view of `[N, C, H, W]` in channels_last as `[N*H*W, C]`; anything else as it is."""
+    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
 class SpikingNeuron(nn.Module):
     """A layer of spiking neurons as a `NeuronConfig` describes them (Yu et al. 2025, eq. 1-3; PLIF: Fang et al. 2021).
 
@@ -242,7 +262,15 @@ class SpikingNeuron(nn.Module):
     def forward(self, x: Tensor, constant: bool = False) -> Tensor:
         """Spikes `[T*B, ...]` for currents `[T*B, ...]`, T-major; `constant`: `[B, ...]`, the same at every step."""
         T = self.num_timesteps
-        return self._run(x.expand(T, *x.shape) if constant else x.view(T, -1, *x.shape[1:]))
+        if torch.compiler.is_compiling():
+            return self._unroll(x, constant=constant)
+        x_TB = x.expand(T, *x.shape) if constant else x.view(T, -1, *x.shape[1:])
+        spikes: Tensor = _FoldedNeuron.apply(x_TB, self.decay, self._dynamics)
+        return spikes.flatten(0, 1)
+
+    def add_spikes(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """`shortcut + forward(x)`, all `[T*B, ...]`; compiled, the sum is a part of the neurons' kernel."""
+        return self._unroll(x, shortcut) if torch.compiler.is_compiling() else shortcut + self(x)
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One timestep: `(spikes, state)` for a current `[B, ...]` and the state before it (None: at rest).
@@ -258,18 +286,24 @@ class SpikingNeuron(nn.Module):
         s = _Spike.apply(h, k.gap, k.surrogate, k.alpha)
         return s.to(x.dtype), _reset(h, s.detach() if k.detach_reset else s, k.drop)
 
-    def _run(self, x_TB: Tensor) -> Tensor:
-        decay = self.decay
-        if not torch.compiler.is_compiling():
-            spikes: Tensor = _FoldedNeuron.apply(x_TB, decay, self._dynamics)
-            return spikes.flatten(0, 1)
-        steps, m = [], None
-        for x in x_TB.chunk(
-            len(x_TB)
-        ):  # unlike unbind's, compiled code computes its results again in the backward pass
-            s, m = self._step(x.squeeze(0), m, decay)
+    def _unroll(self, x: Tensor, shortcut: Tensor | None = None, *, constant: bool = False) -> Tensor:
+        """What Inductor makes one kernel of, forward and backward: one step after the other, in plain operations.
+
+        It does so of chunks and one concatenation of matrices, positions times channels. Of `[B, C, H, W]` it would
+        write the gradient in another memory format, and of unbind's results keep the surrogates for the backward pass.
+        """
+        T, decay, steps, m = self.num_timesteps, self.decay, [], None
+        rows = _as_rows(x)
+        if shortcut is not None and rows is not x:
+            shortcut = _as_rows(shortcut.contiguous(memory_format=torch.channels_last))
+        for current in [rows] * T if constant else rows.chunk(T):
+            s, m = self._step(current, m, decay)
             steps.append(s)
-        return torch.cat(steps)
+        y = torch.cat(steps) if shortcut is None else _AddSteps.apply(shortcut, *steps)
+        if rows is x:
+            return y
+        _, C, H, W = x.shape
+        return y.view(-1, H, W, C).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

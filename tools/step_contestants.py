@@ -160,6 +160,11 @@ class LoopedNeuron(nn.Module):
             spikes.append(s)
         return torch.stack(spikes, dim=1).flatten(0, 1)
 
+    def add_spikes(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The sum that ends a block."""
+        joined: Tensor = shortcut + self(x)
+        return joined
+
 
 class LoopedNet(nn.Module):
     """Our student's layers around looped neurons: every layer sees B*T images, the first one too."""

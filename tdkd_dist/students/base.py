@@ -236,9 +236,14 @@ class TemporalDropPath(nn.Module):
         super().__init__()
         self.rate, self.num_timesteps = rate, num_timesteps
 
+    @property
+    def drops(self) -> bool:
+        """Whether it does anything: in training, at a rate above 0."""
+        return self.training and self.rate > 0
+
     def forward(self, x: Tensor) -> Tensor:
         """`[T*B, C, H, W]`, dropped samples zeroed, the others scaled by 1 / (1 - rate); the identity in eval mode."""
-        if self.rate == 0 or not self.training:
+        if not self.drops:
             return x
         mask = x.new_empty(x.shape[0] // self.num_timesteps, 1, 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
         return x * torch.cat([mask] * self.num_timesteps)

@@ -52,10 +52,12 @@ class BasicBlock(base.ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         """`[T*B, C, H, W]` in and out."""
         out = self.sn1(self.bn1(self.conv1(x)))
-        out = self.drop_path(self.sn2(self.bn2(self.conv2(out))))
+        out = self.bn2(self.conv2(out))
         if self.downsample is not None and self.downsample_sn is not None:
             x = self.downsample_sn(self.downsample(x))
-        return join(x, out, self.connect)
+        if self.connect == "ADD" and not self.drop_path.drops:
+            return self.sn2.add_spikes(out, x)
+        return join(x, self.drop_path(self.sn2(out)), self.connect)
 
     @property
     def last_bn(self) -> nn.BatchNorm2d:
@@ -94,10 +96,12 @@ class Bottleneck(base.ResidualBlock):
         """`[T*B, C, H, W]` in and out."""
         out = self.sn1(self.bn1(self.conv1(x)))
         out = self.sn2(self.bn2(self.conv2(out)))
-        out = self.drop_path(self.sn3(self.bn3(self.conv3(out))))
+        out = self.bn3(self.conv3(out))
         if self.downsample is not None and self.downsample_sn is not None:
             x = self.downsample_sn(self.downsample(x))
-        return join(out, x, self.connect)
+        if self.connect == "ADD" and not self.drop_path.drops:
+            return self.sn3.add_spikes(out, x)
+        return join(self.drop_path(self.sn3(out)), x, self.connect)
 
     @property
     def last_bn(self) -> nn.BatchNorm2d:
