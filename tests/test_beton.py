@@ -469,7 +469,7 @@ def test_an_interrupted_write_leaves_nothing(number: signal.Signals, tmp_path: P
         time.sleep(0.1)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode in (130, 143)
+    assert process.returncode in (130, 143), stderr
     assert b"Traceback" not in stderr
     assert list((tmp_path / "out").iterdir()) == []
 
