@@ -55,6 +55,9 @@ class Job:
             distributed.stop()
         if not finished and flags.preempted:
             flags.requeue(environment)
+        elif not finished and flags.ended and environment.cluster == "slurm":
+            # The batch script requeues a job that failed; one whose batch script was ended as well is cancelled.
+            raise RuntimeError("Slurm ended this step (SIGTERM); the same command goes on from its last checkpoint")
         return Outcome("finished" if finished else "stopped")
 
     def checkpoint(self) -> Any:
@@ -90,12 +93,12 @@ class Job:
 class _SignalFlags:
     """Signals only set flags; the training loop agrees on them at step boundaries, so that all ranks save together.
 
-    USR2 is a preemption or the time limit near (submitit's signal): save and requeue. TERM and INT are the user's
-    wish: save and stop.
+    USR2 is a preemption or the time limit near (submitit's signal): save and requeue. INT is the user's wish: save and
+    stop. So is TERM on this machine; on Slurm it is Slurm's, for instance because a node did not answer for a while.
     """
 
     def __init__(self) -> None:
-        self.stop = self.preempted = False
+        self.stop = self.preempted = self.ended = False
         self._submitit_handler = signal.getsignal(signal.SIGUSR2)
         signal.signal(signal.SIGUSR2, self._set)
         signal.signal(signal.SIGTERM, self._set)
@@ -104,6 +107,7 @@ class _SignalFlags:
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.stop = True
         self.preempted |= number == signal.SIGUSR2
+        self.ended |= number == signal.SIGTERM
 
     def requeue(self, environment: Any) -> None:
         """Let submitit requeue the job from rank 0; the scheduler then ends the others."""

@@ -41,7 +41,8 @@ def ask_to_stop(cluster: str, job_id: str) -> None:
     """Let the job save a checkpoint and end; a job that only waits is taken out of the queue."""
     if cluster == "slurm":
         subprocess.run(["scancel", "--state=PENDING", job_id], check=False)
-        subprocess.run(["scancel", "--signal=TERM", "--state=RUNNING", job_id], check=False)
+        # Not TERM, which is what Slurm itself sends when it ends a step.
+        subprocess.run(["scancel", "--signal=INT", "--state=RUNNING", job_id], check=False)
     else:
         # submitit's controller passes TERM on to every rank.
         _send(int(job_id), signal.SIGTERM)

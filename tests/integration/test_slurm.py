@@ -82,7 +82,7 @@ def test_a_run_requeued_cancelled_and_crashed_ends_as_the_uninterrupted_one(sand
     assert f"epoch {EPOCHS}/{EPOCHS}" in said
     assert "mean over timesteps" in said
 
-    arguments = [*command, f"run.dir={hurt.path}", "launcher.max_restarts=1"]
+    arguments = [*command, f"run.dir={hurt.path}"]
     first = start(sandbox, *arguments)
     wait_for(lambda: epochs_done(hurt) >= 3, "three epochs")
     with pytest.raises(ValueError, match=r"its job \d+ is still there"):
@@ -97,8 +97,13 @@ def test_a_run_requeued_cancelled_and_crashed_ends_as_the_uninterrupted_one(sand
     assert f"job {job['job_id']} is pending again" in said
     assert epochs_done(hurt) < EPOCHS
 
-    third = start(sandbox, *arguments)
+    third = start(sandbox, *arguments, "launcher.max_restarts=2")
     wait_for(lambda: hurt.log_file.read_text().count("resumed after epoch") == 2, "the second resumption")
+    job = hurt.read_job()
+    assert job is not None
+    # As Slurm does when a node has not answered for a while.
+    subprocess.run(["scancel", "--signal=TERM", job["job_id"]], env=sandbox, check=True)
+    wait_for(lambda: hurt.log_file.read_text().count("resumed after epoch") == 3, "the third resumption")
     ranks = [p for p in psutil.process_iter(["cmdline"]) if str(hurt.jobs) in " ".join(p.info["cmdline"] or [])]
     assert ranks
     ranks[-1].send_signal(signal.SIGKILL)
@@ -106,7 +111,7 @@ def test_a_run_requeued_cancelled_and_crashed_ends_as_the_uninterrupted_one(sand
     assert code == 0, said
     status = describe_run(hurt)
     assert f"{hurt.path}: finished" in status
-    assert "restarts after a crash: 1 of 1" in status
+    assert "restarts after a crash: 2 of 2" in status
     assert kill_campaign.same_weights(whole, hurt)
     assert [row["epoch"] for row in read_rows(hurt.metrics_file) if "val/top1_t1" in row] == [*range(1, EPOCHS + 1)]
 
