@@ -62,7 +62,6 @@ StateSaveLocation=$home/state
 SlurmctldLogFile=$home/log/slurmctld.log
 SlurmdLogFile=$home/log/slurmd-%n.log
 SlurmdTimeout=15
-SchedulerParameters=bf_interval=2
 MpiDefault=none
 ReturnToService=2
 EnforcePartLimits=ALL

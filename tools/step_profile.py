@@ -1,7 +1,8 @@
 """Where the time of our full training step goes, by class of kernel, and how near each is to the machine's peak.
 
 Time is what each operation takes itself, by torch.profiler: on the processor, or of the kernels it starts on a GPU.
-FLOPs are counted in convolutions and matrix products; bytes are what Inductor's fused kernels read and write at least.
+FLOPs are counted in convolutions and matrix products; bytes are what Inductor's fused kernels read and write at least,
+the few of a compiled teacher included.
 """
 
 import argparse
