@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest_plugins = ["numbered", "pictures"]
 os.environ["WANDB_MODE"] = "offline"
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 

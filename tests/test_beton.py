@@ -3,80 +3,22 @@
 Oracles: FFCV's reader, loader and image field, Pillow, numpy on the source.
 """
 
-import io
 import json
 import os
-import resource
-import shutil
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import picture, stored
 from PIL import Image
 
 from tdkd_dist.data import layout
-from tdkd_dist.data.beton import WriteOptions, check_beton, choose, read_manifest, up_to_date, write
-from tdkd_dist.data.sources import FolderSource, Source, open_source
+from tdkd_dist.data.beton import WriteOptions, check_beton, choose, read_manifest, write
+from tdkd_dist.data.sources import FolderSource, open_source
 from tdkd_dist.data.verify import verify
 
 ffcv = pytest.importorskip("ffcv")
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "write_beton.py"
-SIZES = [(60, 80), (300, 200), (50, 50), (700, 90), (33, 47), (128, 128)]
-
-
-def picture(seed: int, height: int, width: int) -> Image.Image:
-    small = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 6, 12 and 18 pictures of several sizes."""
-    root = tmp_path_factory.mktemp("tree")
-    for c, name in enumerate(("cat", "dog", "owl")):
-        (root / name).mkdir()
-        for i in range(6 * (c + 1)):
-            picture(100 * c + i, *SIZES[i % 6]).save(root / name / f"{i:02d}.JPEG", quality=95)
-    return root
-
-
-@pytest.fixture(scope="module")
-def beton(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("beton") / "tree.beton"
-    write(FolderSource(tree), path, WriteOptions(max_side=256))
-    return path
-
-
-@pytest.fixture
-def copy(beton: Path, tmp_path: Path) -> Path:
-    """A beton with its manifest, to be damaged."""
-    for name in (beton.name, beton.name + ".json"):
-        shutil.copy(beton.with_name(name), tmp_path / name)
-    return tmp_path / beton.name
-
-
-def stored(path: Path) -> Iterator[tuple[np.ndarray, int, bool]]:
-    """(pixels, label, whether it is a JPEG) of each sample, found by FFCV's reader and decoded by OpenCV."""
-    import cv2
-    from ffcv.reader import Reader
-
-    reader = Reader(str(path))
-    content = path.read_bytes()
-    sizes = {int(row["ptr"]): int(row["size"]) for row in reader.alloc_table}
-    for sample in reader.metadata:
-        field, ptr = sample["f0"], int(sample["f0"]["data_ptr"])
-        data = np.frombuffer(content[ptr : ptr + sizes[ptr]], np.uint8)
-        if field["mode"] == 0:
-            pixels = cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-        else:
-            pixels = data.reshape(field["height"], field["width"], 3)
-        yield pixels, int(sample["f1"]), field["mode"] == 0
 
 
 # ---- what is written ----
@@ -333,172 +275,3 @@ def test_a_manifest_that_does_not_belong_is_refused(copy: Path) -> None:
     manifest.write_text("{}")
     with pytest.raises(ValueError, match="not a manifest"):
         check_beton(copy, "data.train")
-
-
-# ---- the command ----
-
-
-def run(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)  # type: ignore[call-overload]
-
-
-def test_writing_twice_writes_once(tree: Path, tmp_path: Path) -> None:
-    dest = tmp_path / "deep" / "x.beton"
-    assert run(tree, dest).returncode == 0
-    before = dest.stat().st_mtime_ns
-    again = run(tree, dest)
-    assert again.returncode == 0
-    assert "already there" in again.stdout
-    other = run(tree, dest, "--quality", 50)
-    assert other.returncode == 2
-    assert "--force" in other.stderr
-    assert dest.stat().st_mtime_ns == before
-    assert run(tree, dest, "--quality", 50, "--force").returncode == 0
-    manifest = read_manifest(dest)
-    assert manifest is not None
-    assert manifest.options.quality == 50
-    assert sorted(p.name for p in dest.parent.iterdir()) == ["x.beton", "x.beton.json"]
-
-
-def test_up_to_date_notices_a_changed_source(tree: Path, tmp_path: Path) -> None:
-    shutil.copytree(tree, tmp_path / "tree")
-    options = WriteOptions()
-    write(FolderSource(tmp_path / "tree"), tmp_path / "x.beton", options)
-    assert up_to_date(FolderSource(tmp_path / "tree"), tmp_path / "x.beton", options)
-    assert not up_to_date(FolderSource(tmp_path / "tree"), tmp_path / "x.beton", replace(options, quality=3))
-    picture(5, 20, 20).save(tmp_path / "tree" / "cat" / "00.JPEG")
-    assert not up_to_date(FolderSource(tmp_path / "tree"), tmp_path / "x.beton", options)
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ([], "usage"),
-        (["/nonexistent", "x.beton"], "/nonexistent: no such"),
-        (["."], "say SOURCE and DEST"),
-        ([TOOL, "x.beton"], "write_beton.py: neither"),
-        (["TREE", "x.beton", "--quality", "0"], "--quality 0"),
-        (["TREE", "x.beton", "--quality", "good"], "--quality: invalid int"),
-        (["TREE", "x.beton", "--jpeg-share", "2"], "--jpeg-share"),
-        (["TREE", "x.beton", "--workers", "0"], "--workers 0"),
-        (["TREE", "x.beton", "--subset", "1.5"], "--subset"),
-        (["TREE", "x.beton", "--compress"], "--compress"),
-        (["TREE", "/proc/x.beton"], "/proc/x.beton: "),
-        (["--verify", "/nonexistent"], "--verify=/nonexistent: no such file"),
-    ],
-)
-def test_a_users_mistake_is_told_in_few_lines(args: list[object], message: str, tree: Path, tmp_path: Path) -> None:
-    done = run(*(tree if arg == "TREE" else arg for arg in args), cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) <= (1 if args else 6)
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_broken_picture_stops_or_is_skipped(workers: int, tree: Path, tmp_path: Path) -> None:
-    shutil.copytree(tree, tmp_path / "tree")
-    (tmp_path / "tree" / "dog" / "03.JPEG").write_text("not a picture")
-    dest = tmp_path / "out" / "x.beton"
-    stopped = run(tmp_path / "tree", dest, "--workers", workers)
-    assert stopped.returncode == 2
-    assert "dog/03.JPEG: not a readable picture" in stopped.stderr
-    assert len(stopped.stderr.splitlines()) == 1
-    assert list(dest.parent.iterdir()) == []
-    skipped = run(tmp_path / "tree", dest, "--workers", workers, "--on-error", "skip")
-    assert skipped.returncode == 0
-    manifest = read_manifest(dest)
-    assert manifest is not None
-    assert manifest.class_histogram == [6, 11, 18]
-    assert "dog/03.JPEG" in manifest.skipped[0]
-    labels = [label for _, label, _ in stored(dest)]
-    assert labels == [0] * 6 + [1] * 11 + [2] * 18
-    assert run("--verify", dest).returncode == 0
-
-
-def test_verify_names_the_sample_and_exits_1(copy: Path) -> None:
-    ptr, _ = layout.read_tables(copy).place(9)
-    content = bytearray(copy.read_bytes())
-    content[ptr + 50] ^= 0x80
-    copy.write_bytes(content)
-    done = run("--verify", copy)
-    assert done.returncode == 1
-    assert "sample 9: " in done.stdout
-
-
-def test_no_space_left(tree: Path, small_disk: Path) -> None:
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(15 * 2**20))
-    for workers in (1, 2):
-        done = run(tree, small_disk / "x.beton", "--workers", workers, "--jpeg-share", 0)
-        assert done.returncode == 2
-        assert "x.beton: No space left on device" in done.stderr
-        assert len(done.stderr.splitlines()) == 1
-        assert list(small_disk.iterdir()) == [ballast]
-
-
-def test_a_full_quota(tree: Path, tmp_path: Path) -> None:
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
-
-    done = run(tree, tmp_path / "x.beton", "--jpeg-share", 0, preexec_fn=limit)
-    assert done.returncode == 2
-    assert "x.beton: File too large" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_write_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
-    (tmp_path / "tree" / "a").mkdir(parents=True)
-    data = io.BytesIO()
-    picture(0, 700, 700).save(data, "PNG")
-    for i in range(400):
-        (tmp_path / "tree" / "a" / f"{i}.png").write_bytes(data.getvalue())
-    (tmp_path / "out").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, str(TOOL), str(tmp_path / "tree"), str(tmp_path / "out" / "x.beton"), "--workers", "2"],
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    for _ in range(600):
-        if any(p.stat().st_size > 0 for p in (tmp_path / "out").iterdir()):
-            break
-        time.sleep(0.1)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode in (130, 143), stderr
-    assert b"Traceback" not in stderr
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_killed_writer_process_ends_the_write(tmp_path: Path) -> None:
-    (tmp_path / "tree" / "a").mkdir(parents=True)
-    for i in range(100):
-        picture(i, 30, 30).save(tmp_path / "tree" / "a" / f"{i}.png")
-    with pytest.raises(ValueError, match="a process that encodes pictures was killed"):
-        write(Deadly(tmp_path / "tree"), tmp_path / "x.beton", workers=2)
-    assert not (tmp_path / "x.beton").exists()
-
-
-class Deadly(FolderSource):
-    """A source whose reader is killed half-way, as the kernel does when memory runs out."""
-
-    def read(self, index: int) -> np.ndarray:
-        if index == 50:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(index)
-
-
-def test_an_empty_source(tmp_path: Path) -> None:
-    source: Source = open_source_of_nothing(tmp_path)
-    with pytest.raises(ValueError, match="no pictures"):
-        write(source, tmp_path / "x.beton")
-
-
-def open_source_of_nothing(root: Path) -> Source:
-    for part, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
-        (root / f"t10k-{part}-ubyte").write_bytes(bytes([0, 0, 8, dimensions]) + bytes(4 * dimensions))
-    return open_source(root)
