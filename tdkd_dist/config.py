@@ -208,6 +208,9 @@ class TrainConfig:
     """`bf16`: autocast, with membrane and batch norm in fp32. `auto`: bf16 on a GPU, fp32 on a CPU."""
     compile: bool | str = "auto"
     """`auto`: torch.compile on a GPU when the run is long enough to pay for it."""
+    activation_budget: float = 1.0
+    """Share of its activations that a compiled student keeps for the backward pass. At 0.7 the convolutions' outputs
+    alone, about half the memory: spikes are computed again from them. Less: some convolutions run twice."""
     recompute_stages: list[int] = field(default_factory=list)
     """Stages (from 1) whose blocks keep only their inputs for the backward pass: less memory, more time."""
     sync_bn: bool = True
@@ -241,6 +244,7 @@ class TrainConfig:
             text = self.compile.lower()
             require(text in ("auto", "true", "false"), f"train.compile={self.compile}: must be auto, true or false")
             self.compile = {"true": True, "false": False}.get(text, "auto")
+        require(0 < self.activation_budget <= 1, f"train.activation_budget={self.activation_budget}: must be in (0, 1]")
         require(0 <= self.ema_decay < 1, f"train.ema_decay={self.ema_decay}: must be in [0, 1)")
         require(self.log_every >= 1, f"train.log_every={self.log_every}: must be at least 1")
         require(self.save_every_min > 0, f"train.save_every_min={self.save_every_min}: must be positive")

@@ -70,8 +70,9 @@ class Job:
         import torch
 
         from tdkd_dist import distributed
+        from tdkd_dist.rank import Place
         from tdkd_dist.run_folder import RunFolder
-        from tdkd_dist.train import Place, run
+        from tdkd_dist.train import run
 
         cores = cores_per_rank(environment.local_world_size)
         torch.set_num_threads(cores)

@@ -4,118 +4,33 @@ Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from tdkd_dist import checkpoint
 from tdkd_dist.checkpoint import Progress
+from tdkd_dist.compilation import compiles
 from tdkd_dist.config import Config
-from tdkd_dist.data.loaders import Batch, TrainLoader, ValLoader, make_train_loader, make_val_loader
+from tdkd_dist.data.loaders import TrainLoader, make_train_loader, make_val_loader
 from tdkd_dist.data.mixing import Mixer
 from tdkd_dist.data.normalise import Normalise
-from tdkd_dist.engine import Engine, use_bf16
-from tdkd_dist.figures import draw_accuracy_against_timestep
+from tdkd_dist.engine import Engine
 from tdkd_dist.guard import StepGuard
 from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.losses import TemporalDistillationLoss
-from tdkd_dist.run_folder import RunFolder, write_json
+from tdkd_dist.rank import Place, Run
+from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.scheduler import warn_of_short_notice
 from tdkd_dist.students import choose_recomputed, create_student
 from tdkd_dist.teachers import Teacher, create_teacher
-from tdkd_dist.tracking import Log, Record, TrainMeter, format_seconds, format_table
-from tdkd_dist.validate import as_timesteps, validate
-from tdkd_dist.weights import load_weights, save_student
-
-COMPILE_PAYS_AFTER = 500
-"""Optimiser steps below which `train.compile=auto` doesn't compile: a cold compilation takes a minute or more."""
-
-
-@dataclass
-class Place:
-    """What this rank has to work with."""
-
-    device: torch.device
-    rank: int
-    world_size: int
-    workers: int
-    teacher_weights: str | None = None
-    """timm's weights of the teacher, fetched at submission."""
-
-
-@dataclass
-class Run:
-    """What training and mere evaluation have in common, on one rank."""
-
-    config: Config
-    folder: RunFolder
-    place: Place
-    log: Log
-    heartbeat: Heartbeat
-    normalise: Normalise
-    validation: ValLoader
-
-    @property
-    def autocast(self) -> torch.autocast:
-        """The precision of forward passes."""
-        device = self.place.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(self.config, device))
-
-    def validate(self, model: nn.Module, num_timesteps: int) -> dict[str, Any]:
-        """Metrics of `model` on the whole validation set, the same on every rank."""
-        return validate(
-            model,
-            self._batches(),
-            self.normalise,
-            num_timesteps=num_timesteps,
-            device=self.place.device,
-            autocast=use_bf16(self.config, self.place.device),
-            activity_images=-(-self.config.eval.activity_images // self.place.world_size),
-        )
-
-    def _batches(self) -> Iterator[Batch]:
-        for k, batch in enumerate(self.validation):
-            self.heartbeat.beat("validating", k)
-            yield batch
-
-    def validate_student(self, model: nn.Module) -> dict[str, float]:
-        """The same of the student, as a row of the record; curves and layers go to `validation.json`."""
-        found = self.validate(model, self.config.eval_timesteps)
-        if self.place.rank == 0:
-            with suppress(OSError):  # a full disk
-                write_json(self.folder.validation_file, found)
-        return {f"val/{key}": value for key, value in found.items() if not isinstance(value, dict)}
-
-    def finish(self, record: Record, progress: Progress, row: dict[str, float]) -> None:
-        """Table, figure and summary: the outcome."""
-        T = self.config.eval_timesteps
-        top1 = [row[f"val/top1_t{t}"] for t in range(1, T + 1)]
-        record.write_curve(top1)
-        table = format_table(row, T)
-        self.log.say(table)
-        if self.place.rank == 0:
-            figure = draw_accuracy_against_timestep(self.folder.figures, {self.config.run.name: top1})
-            write_json(
-                self.folder.summary_file,
-                {
-                    "epochs": self.config.train.epochs,
-                    "max_steps": self.config.train.max_steps,
-                    "epoch": progress.epoch,
-                    "global_step": progress.global_step,
-                    "top1": top1,
-                    "best_top1_mean": max(progress.best, row["val/top1_mean"]),
-                    "table": table,
-                    "figure": str(figure),
-                },
-            )
+from tdkd_dist.tracking import Log, Record, TrainMeter, format_seconds
+from tdkd_dist.validate import as_timesteps
+from tdkd_dist.weights import load_weights
 
 
 def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, should_stop: Callable[[], bool]) -> bool:
@@ -197,7 +112,7 @@ class Trainer:
             workers=place.workers,
         )
         parts.heartbeat.beat("building networks", 0)
-        compiled = _compiles(config, loader.steps_per_epoch, place.device)
+        compiled = compiles(config.train, loader.steps_per_epoch, place.device)
         teacher = _build_teacher(parts)
         if teacher is not None and compiled:
             teacher.compile_folded()
@@ -262,7 +177,7 @@ class Trainer:
                     return False
             if row is None:
                 row = self.parts.validate_student(self.engine.deployed)
-            self._save_student(self.parts.folder.student_file)
+            self.parts.save_student(self.parts.folder.student_file, self.engine.deployed, progress)
             self.parts.finish(self.record, progress, row)
             return True
         finally:
@@ -373,7 +288,7 @@ class Trainer:
         if row["val/top1_mean"] > progress.best:
             progress.best = row["val/top1_mean"]
             self._is_best = True
-            self._save_student(parts.folder.best_student_file)
+            parts.save_student(parts.folder.best_student_file, self.engine.deployed, progress)
         return row
 
     def _save(self) -> bool:
@@ -389,27 +304,6 @@ class Trainer:
         self._is_best = False
         self.guard.saved()
         return saved
-
-    def _save_student(self, path: Path) -> None:
-        """On rank 0. A full disk is said, and costs the file."""
-        if self.parts.place.rank != 0:
-            return
-        try:
-            self._write_student(path)
-        except (OSError, SafetensorError) as error:
-            self.parts.log.say(f"{path} could not be written ({error})")
-
-    def _write_student(self, path: Path) -> None:
-        config = self.parts.config
-        save_student(
-            path,
-            self.engine.deployed.state_dict(),
-            config.student,
-            input_size=(config.student.in_chans, config.data.image_size, config.data.image_size),
-            mean=config.data.mean,
-            std=config.data.std,
-            extra={"run": config.run.name, "global_step": str(self.progress.global_step)},
-        )
 
 
 def make_loss(config: Config) -> TemporalDistillationLoss:
@@ -441,10 +335,3 @@ def _build_teacher(parts: Run) -> Teacher | None:
         weights_file=place.teacher_weights,
     )
     return teacher.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
-def _compiles(config: Config, steps_per_epoch: int, device: torch.device) -> bool:
-    if config.train.compile != "auto":
-        return bool(config.train.compile)
-    steps = min(config.train.max_steps or 10**9, config.train.epochs * steps_per_epoch)
-    return device.type == "cuda" and steps >= COMPILE_PAYS_AFTER

@@ -1,6 +1,7 @@
 """What holds for every test: no account is used, and in CI nothing is skipped but for want of a GPU."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from hypothesis import settings
 
 pytest_plugins = ["numbered", "pictures"]
 os.environ["WANDB_MODE"] = "offline"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Started in a script's background, we ignore it, and so would the programs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 
 settings.register_profile("seeded", derandomize=True, deadline=None)

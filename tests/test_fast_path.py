@@ -122,23 +122,32 @@ def test_stages_that_are_not_there_are_named(model, stages, message):
         choose_recomputed(timm.create_model(model), config)
 
 
+def kept_by(name: str, batch: int, activation_budget: float, **arguments: object) -> int:
+    """Bytes that the compiled network keeps of a forward pass for its backward pass, without its weights."""
+    torch.compiler.reset()
+    net = timm.create_model(name, num_classes=K, **arguments).train()
+    weights = {p.data_ptr() for p in net.parameters()}
+    found = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes() if storage.data_ptr() not in weights else 0
+        return x
+
+    with (
+        torch._functorch.config.patch(activation_memory_budget=activation_budget),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
+        torch.compile(net, backend="aot_eager_decomp_partition")(torch.randn(batch, 3, 64, 64))
+    return sum(found.values())
+
+
 def test_compiled_it_keeps_no_more_for_the_backward_pass_than_the_plain_network():
     """Membranes, spikes before the shortcut and surrogates are computed again, from what batch norm keeps anyway."""
-    kept = {}
-    for name, images_in_all, arguments in (("resnet18", T * B, {}), ("sew_resnet18", B, {"num_timesteps": T})):
-        torch.compiler.reset()
-        net = timm.create_model(name, num_classes=K, **arguments).train()
-        weights = {p.data_ptr() for p in net.parameters()}
-        found = []
-
-        def keep(x, found=found, weights=weights):
-            found.append(x.numel() * x.element_size() if x.data_ptr() not in weights else 0)
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            torch.compile(net, backend="aot_eager_decomp_partition")(torch.randn(images_in_all, 3, 64, 64))
-        kept[name] = sum(found)
-    assert 0 < kept["sew_resnet18"] <= kept["resnet18"]
+    resnet, student = kept_by("resnet18", T * B, 1.0), kept_by("sew_resnet18", B, 1.0, num_timesteps=T)
+    assert 0 < student <= resnet
+    half = kept_by("sew_resnet18", B, 0.7, num_timesteps=T)
+    assert 0 < half <= 0.6 * student  # spikes are computed again too
 
 
 @pytest.mark.slow
@@ -146,7 +155,9 @@ def test_twenty_steps_of_the_fast_path_are_those_of_the_plain_one():
     """Compiled, in channels_last, the stem once, the teacher folded, by DeepSpeed; against loops, eager, by torch."""
     torch.compiler.reset()
     overrides = ["student.num_timesteps=3", "train.batch_size=2", "launcher.tasks_per_node=1", "optim.lr=0.05"]
-    config = load_config("fashion_sew", [*overrides, "loss.temperature=2", "train.recompute_stages=[2]"])
+    config = load_config(
+        "fashion_sew", [*overrides, "loss.temperature=2", "train.recompute_stages=[2]", "train.activation_budget=0.7"]
+    )
     net = student("sew_resnet8").train()
     looped = LoopedNet(copy.deepcopy(net))
     choose_recomputed(net, config)

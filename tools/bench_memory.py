@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from bench_step import Worker, describe, parse
+from bench_step import describe, parse
+from rounds import Worker, compete
 from step_contestants import make_config
 
 from tdkd_dist.command_line import Parser, publish, run_tool
@@ -54,6 +55,7 @@ def measure(args: argparse.Namespace) -> str:
         "resnet": ("resnet", []),
         "student": ("student", []),
         "student, eager": ("student", ["--no-compile"]),
+        "student, train.activation_budget=0.7": ("student", ["--set=train.activation_budget=0.7"]),
         "student, stage 1 recomputed": ("student", ["--set=train.recompute_stages=[1]"]),
         "student, all stages recomputed": ("student", [f"--set=train.recompute_stages={stages}".replace(" ", "")]),
     }
@@ -78,15 +80,10 @@ def measure(args: argparse.Namespace) -> str:
 
 def peak(argv: list[str], contestant: str) -> tuple[float, float]:
     """Peak memory in MiB and seconds of a step. Raises `ValueError` if the process fails."""
-    worker = Worker(argv, contestant, "eager")
-    try:
-        worker.ask("start")
-        seconds = worker.ask("round")
-        return worker.ask("end"), seconds
-    except RuntimeError as error:
-        raise ValueError(f"{' '.join(argv)}: {error}") from error
-    finally:
-        worker.close()
+    result = compete({contestant: Worker(argv, contestant)}, rounds=1)[contestant]
+    if "error" in result:
+        raise ValueError(f"{' '.join(argv)}: {result['error']}")
+    return result["peak_mib"], result["seconds"][0]
 
 
 if __name__ == "__main__":

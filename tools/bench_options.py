@@ -9,13 +9,16 @@ own, and a round goes through all of them; a ratio is the median over rounds of 
 import statistics
 import sys
 
-from bench_step import Worker, describe, parse, say
+from bench_step import describe, parse
+from rounds import Worker, compete, ratio
 
 from tdkd_dist.command_line import publish, run_tool
 
 VARIANTS: dict[str, list[str]] = {
     "defaults": [],
     "train.compile=false": ["--no-compile"],
+    "train.activation_budget=0.7": ["--set=train.activation_budget=0.7"],
+    "train.activation_budget=0.4": ["--set=train.activation_budget=0.4"],
     "train.recompute_stages=[1]": ["--set=train.recompute_stages=[1]"],
     "train.recompute_stages=[1,2,3,4]": ["--set=train.recompute_stages=[1,2,3,4]"],
     "train.zero_stage=1": ["--set=train.zero_stage=1"],
@@ -35,28 +38,8 @@ def main(argv: list[str]) -> int:
 def compare(argv: list[str]) -> None:
     """Measure, and print the table. Raises `ValueError`."""
     options = parse(argv)
-    workers = {title: Worker([*argv, *extra], "full", title) for title, extra in VARIANTS.items()}
-    seconds: dict[str, list[float]] = {title: [] for title in workers}
-    failed: dict[str, str] = {}
-    peaks: dict[str, float] = {}
-    try:
-        for question in ("start", *["round"] * options.rounds, "end"):
-            for title, worker in workers.items():
-                if title in failed:
-                    continue
-                try:
-                    answer = worker.ask(question)
-                except RuntimeError as error:
-                    failed[title] = str(error)
-                    continue
-                if question == "round":
-                    seconds[title].append(answer)
-                elif question == "end":
-                    peaks[title] = answer
-            say(f"{question}: done")
-    finally:
-        for worker in workers.values():
-            worker.close()
+    workers = {title: Worker([*argv, *extra], "full") for title, extra in VARIANTS.items()}
+    results = compete(workers, options.rounds)
     facts = describe(options)
     lines = [
         f"{facts['student']}, T = {facts['timesteps']}, {facts['batch']} images of {facts['size']} px,"
@@ -66,14 +49,16 @@ def compare(argv: list[str]) -> None:
         "| full step | ms, median | time / defaults (least to most) | peak memory, MiB |",
         "|---|---|---|---|",
     ]
-    first = seconds[next(iter(VARIANTS))]
-    for title, own in seconds.items():
-        if title in failed:
-            lines.append(f"| {title} | {failed[title]} | | |")
+    first = results[next(iter(VARIANTS))]
+    if "error" in first:
+        raise ValueError(f"the step with every option at its default: {first['error']}")
+    for title, result in results.items():
+        if "error" in result:
+            lines.append(f"| {title} | {result['error']} | | |")
             continue
-        ratios = [s / d for s, d in zip(own, first, strict=True)]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        lines.append(f"| {title} | {1000 * statistics.median(own):.0f} | {spread} | {peaks[title]:.0f} |")
+        own = result["seconds"]
+        cells = [f"{1000 * statistics.median(own):.0f}", ratio(own, first["seconds"]), f"{result['peak_mib']:.0f}"]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     publish("\n".join(lines), options.markdown)
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import step_profile
 import torch
+from rounds import Worker, compete, ratio, say
 from step_contestants import CONTESTANTS, inputs
 
 from tdkd_dist.command_line import Parser, publish
@@ -37,20 +37,15 @@ def main(argv: list[str]) -> int:
         options = parse(argv)
         if options.worker:
             return work(options)
-        contest = Contest(options, argv)
-        try:
-            results = contest.run()
-        finally:
-            contest.close()
+        results = contest(options, argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table = as_markdown(options, results)
-    if options.profile:
-        table += "\n\n" + step_profile.as_markdown(step_profile.profile(options))
-    publish(table, options.markdown)
+    publish(as_markdown(options, results), options.markdown)
     if options.json:
         write_json(options.json, {"options": describe(options), "results": results})
+    if options.profile:
+        publish("\n" + step_profile.as_markdown(step_profile.profile(options)), options.markdown)
     return 0 if all("error" not in result for result in results.values()) else 1
 
 
@@ -88,110 +83,34 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-class Worker:
-    """A contestant in its own process."""
-
-    def __init__(self, argv: list[str], name: str, variant: str) -> None:
-        self.name, self.variant = name, variant
-        command = [sys.executable, __file__, *argv, "--worker", name, "--variant", variant]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, question: str) -> Any:
-        """The answer to `start`, `round` or `end`. Raises `RuntimeError` if the process has died."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+def contest(options: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, Any]]:
+    """What `compete` finds of the contestants that `--only` names."""
+    names = options.only.split(",")
+    variants, failed = dict.fromkeys(names, "eager"), {}
+    if "spikingjelly" in names:
         try:
-            self._process.stdin.write(question + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        for line in self._process.stdout:
-            if line.startswith("answer "):
-                return json.loads(line.removeprefix("answer "))
-        raise RuntimeError(f"{self.name} ({self.variant}) ended with exit status {self._process.wait()}")
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
+            variants["spikingjelly"] = fastest("spikingjelly", options, argv)
+        except RuntimeError as error:
+            failed["spikingjelly"] = {"error": str(error)}
+    workers = {name: Worker(argv, name, variants[name]) for name in names if name not in failed}
+    found = compete(workers, options.rounds) | failed
+    return {name: found[name] for name in names}
 
 
-class Contest:
-    """All contestants, and their times."""
-
-    def __init__(self, options: argparse.Namespace, argv: list[str]) -> None:
-        self._options, self._argv = options, argv
-        self._workers: list[Worker] = []
-
-    def run(self) -> dict[str, dict[str, Any]]:
-        """Each contestant's variant, seconds of every round, peak memory in MiB, or what it failed of."""
-        results: dict[str, dict[str, Any]] = {}
-        for name in self._options.only.split(","):
-            try:
-                worker = self._fastest() if name == "spikingjelly" else self._start(name, "eager")
-                results[name] = {"variant": worker.variant, "seconds": []}
-                self._workers.append(worker)
-            except RuntimeError as error:
-                results[name] = {"error": str(error)}
-        for k in range(self._options.rounds):
-            for worker in list(self._workers):
-                try:
-                    results[worker.name]["seconds"].append(worker.ask("round"))
-                except RuntimeError as error:
-                    results[worker.name] = {"error": str(error)}
-                    self._workers.remove(worker)
-            say(f"round {k + 1} of {self._options.rounds}")
-        for worker in self._workers:
-            try:
-                results[worker.name]["peak_mib"] = worker.ask("end")
-            except RuntimeError as error:
-                results[worker.name] = {"error": str(error)}
-        return results
-
-    def close(self) -> None:
-        """End all processes."""
-        for worker in self._workers:
-            worker.close()
-
-    def _start(self, name: str, variant: str) -> Worker:
-        worker = Worker(self._argv, name, variant)
-        try:
-            say(f"{name} ({variant}): ready after {worker.ask('start'):.0f} s")
-        except RuntimeError:
-            worker.close()
-            raise
-        return worker
-
-    def _fastest(self) -> Worker:
-        """spikingjelly in the variant that is the fastest in a first round."""
-        best: tuple[float, Worker] | None = None
-        for variant in VARIANTS if self._options.compile else VARIANTS[:2]:
-            try:
-                worker = self._start("spikingjelly", variant)
-                took = first_round(worker)
-            except RuntimeError as error:
-                say(str(error))
-                continue
-            say(f"spikingjelly ({variant}): {1000 * took:.0f} ms a step")
-            if best is None or took < best[0]:
-                if best is not None:
-                    best[1].close()
-                best = took, worker
+def fastest(name: str, options: argparse.Namespace, argv: list[str]) -> str:
+    """The variant that is the fastest in a first round. Raises `RuntimeError` if it runs in none."""
+    took = {}
+    for variant in VARIANTS if options.compile else VARIANTS[:2]:
+        found = compete({f"{name} ({variant})": Worker(argv, name, variant)}, rounds=1)
+        for title, result in found.items():
+            if "error" in result:
+                say(result["error"])
             else:
-                worker.close()
-        if best is None:
-            raise RuntimeError("spikingjelly runs in none of its variants")
-        return best[1]
-
-
-def first_round(worker: Worker) -> float:
-    """Seconds of a step; a worker that dies of it is ended."""
-    try:
-        seconds: float = worker.ask("round")
-        return seconds
-    except RuntimeError:
-        worker.close()
-        raise
+                took[variant] = result["seconds"][0]
+                say(f"{title}: {1000 * took[variant]:.0f} ms a step")
+    if not took:
+        raise RuntimeError(f"{name} runs in none of its variants")
+    return min(took, key=lambda variant: took[variant])
 
 
 def work(options: argparse.Namespace) -> int:
@@ -292,22 +211,16 @@ def as_markdown(options: argparse.Namespace, results: dict[str, dict[str, Any]])
             lines.append(f"| {name} | {result['error']} | - | - | - |")
             continue
         seconds = result["seconds"]
-        ratios = [s / c for s, c in zip(seconds, limit, strict=True)] if limit else []
         title = f"{name} ({result['variant']})" if name == "spikingjelly" else name
         cells = [
             title,
             f"{1000 * statistics.median(seconds):.0f} ({1000 * min(seconds):.0f} to {1000 * max(seconds):.0f})",
             f"{options.batch / statistics.median(seconds):.2f}",
             f"{result['peak_mib']:.0f}",
-            f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else "-",
+            ratio(seconds, limit) if limit else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import timm
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from tdkd_dist import distributed
+from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import Config
 from tdkd_dist.engine import Engine, use_bf16
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
@@ -95,7 +97,9 @@ def student(options: argparse.Namespace) -> Step:
     config = make_config(options)
     net = create_student(config.student).train()
     choose_recomputed(net, config)
-    return _plain_step(options, net, lambda logits_TBK: logits_TBK.mean(0), compiled=options.compile)
+    budget = config.train.activation_budget
+    mean = partial(torch.mean, dim=0)
+    return _plain_step(options, net, mean, compiled=options.compile, activation_budget=budget)
 
 
 def resnet(options: argparse.Namespace) -> Step:
@@ -258,11 +262,12 @@ def _plain_step(
     *,
     compiled: bool,
     channels_last: bool = True,
+    activation_budget: float = 1.0,
 ) -> Step:
     """Forward, cross-entropy of the reduced logits, backward; no optimiser."""
     net.to(options.device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if compiled:
-        net.compile()
+        compile_training(net, activation_budget)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
     def step(x: Tensor, labels: Tensor) -> None:

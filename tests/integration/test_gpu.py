@@ -69,7 +69,8 @@ def imagenet_config(tree: Path, *overrides: str):
 
 
 def train(config) -> list[dict[str, float]]:
-    from tdkd_dist.train import Place, run
+    from tdkd_dist.rank import Place
+    from tdkd_dist.train import run
 
     folder = RunFolder(config.run.folder)
     folder.create(config)

@@ -1,0 +1,30 @@
+"""Whether and how a network in training is compiled."""
+
+import torch
+import torch._functorch.config
+from torch import nn
+
+from tdkd_dist.config import TrainConfig
+
+PAYS_AFTER = 500
+"""Optimiser steps below which `train.compile=auto` doesn't compile: a cold compilation takes a minute or more."""
+
+
+def compiles(train: TrainConfig, steps_per_epoch: int, device: torch.device) -> bool:
+    """Whether this run compiles, as `train.compile` says."""
+    if train.compile != "auto":
+        return bool(train.compile)
+    steps = min(train.max_steps or 10**9, train.epochs * steps_per_epoch)
+    return device.type == "cuda" and steps >= PAYS_AFTER
+
+
+def compile_training(net: nn.Module, activation_budget: float = 1.0) -> None:
+    """Compile `net` in place for training.
+
+    `activation_budget`: the share of the activations which its compiled backward pass would like to have kept that may
+    be kept; what is cheapest to compute again is dropped first (Chen et al., 2016, automated by AOTAutograd's
+    partitioner). In a spiking ResNet that is every spike: batch norm needs the convolution's output anyway, and the
+    spikes follow from it. It holds for the whole process.
+    """
+    torch._functorch.config.activation_memory_budget = activation_budget
+    net.compile()
