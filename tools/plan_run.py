@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import nn
 from tdkd_dist import distributed
 from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.config import Config
+from tdkd_dist.data.manifest import check_beton
 from tdkd_dist.recipe import load_config
 from tdkd_dist.students import create_student
 from tdkd_dist.tracking import format_seconds
@@ -71,12 +73,14 @@ def predict(
     ranks: int,
     ranks_per_node: int,
     images: int,
+    val_images: int,
     synced_norms: int = 0,
 ) -> Plan:
     """The plan for `ranks` ranks, as docs/scaling.md has it.
 
     `size`: bytes of the gradients; `micro_s`: one rank's seconds for a micro-batch; `images`: of an epoch;
-    `synced_norms`: batch norms whose statistics travel between ranks in each micro-batch, forward and backward.
+    `val_images`: of a validation; `synced_norms`: batch norms whose statistics travel between ranks in each
+    micro-batch, forward and backward.
     """
     nodes = math.ceil(ranks / ranks_per_node)
     micro = config.train.micro_batch or config.micro_batch
@@ -86,7 +90,7 @@ def predict(
     step_s = compute_s + all_reduce_seconds(size, links, ranks, ranks_per_node)
     images_s = batch / step_s
     # A validation image costs a forward pass, about a third of a step, and only now and then.
-    validation_s = config.eval_timesteps / config.student.num_timesteps * 0.04 * images * micro_s / micro / 3 / ranks
+    validation_s = config.eval_timesteps / config.student.num_timesteps * val_images * micro_s / micro / 3 / ranks
     epoch_s = images / images_s + validation_s / config.eval.every
     ideal = ranks * micro / micro_s
     return Plan(ranks, nodes, batch, step_s, images_s, images_s / ideal, epoch_s, epoch_s * config.train.epochs)
@@ -104,6 +108,18 @@ def all_reduce_seconds(size: int, links: Links, ranks: int, ranks_per_node: int)
 def gradient_bytes(config: Config) -> int:
     """What a step's all-reduce carries: the student's gradients in fp32."""
     return 4 * sum(p.numel() for p in create_student(config.student).parameters())
+
+
+def count_images(config: Config) -> tuple[int, int]:
+    """Of data.train and data.val where they are here as betons, else of ImageNet. Raises `ValueError` for bad files."""
+    found = []
+    for key, path, imagenet in (
+        ("data.train", config.data.train, 1_281_167),
+        ("data.val", config.data.val, 50_000),
+    ):
+        here = config.data.format == "ffcv" and path is not None and Path(path).exists()
+        found.append(check_beton(path, key).num_samples if here and path else imagenet)
+    return found[0], found[1]
 
 
 def synced_norms(config: Config) -> int:
@@ -129,8 +145,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--gpu-gb-s", type=float, help=f"all-reduce bandwidth within a node, GB/s; {GPU_GB_S:.0f} unless measured"
     )
     parser.add_argument("--node-gb-s", type=float, default=25.0, help="all-reduce bandwidth between nodes, GB/s a node")
-    parser.add_argument("--latency-us", type=float, default=20.0)
-    parser.add_argument("--images", type=int, default=1_281_167, help="of an epoch")
+    parser.add_argument("--latency-us", type=float, default=5.0, help="of one message")
+    parser.add_argument("--images", type=int, help="of an epoch; those of data.train if it is here, else ImageNet's")
     parser.add_argument(
         "--loader-core-ms", type=float, default=0.81, help="an image, as tools/bench_loader.py finds it"
     )
@@ -160,6 +176,8 @@ def show(options: argparse.Namespace) -> None:
     config = load_config(options.recipe, options.overrides)
     per_node = options.gpus_per_node or config.launcher.ranks_per_node
     links = Links(1e9 * (options.gpu_gb_s or GPU_GB_S), 1e9 * options.node_gb_s, 1e-6 * options.latency_us)
+    images, val_images = count_images(config)
+    images, norms = options.images or images, synced_norms(config)
     micro_s, size = options.step_ms and options.step_ms / 1000, gradient_bytes(config)
     if micro_s is None or options.check:
         gpu_s, gpu_links = measure(config, links, size, check_them=options.check)
@@ -171,7 +189,7 @@ def show(options: argparse.Namespace) -> None:
         f" {config.train.micro_batch or config.micro_batch} images in {1000 * micro_s:.0f} ms;"
         f" gradients of {size / 1e6:.0f} MB; within a node {links.gpu_bytes_s / 1e9:.3g} GB/s,"
         f" between nodes {links.node_bytes_s / 1e9:.3g} GB/s, {1e6 * links.latency_s:.0f} µs;"
-        f" {options.images:,} images an epoch, {options.cores} cores a node,"
+        f" {images:,} images an epoch, {options.cores} cores a node,"
         f" {options.loader_core_ms} core ms to load one\n"
     )
     heads = (
@@ -187,7 +205,10 @@ def show(options: argparse.Namespace) -> None:
     )
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for ranks in options.gpus:
-        plan = predict(config, size, links, micro_s, ranks=ranks, ranks_per_node=per_node, images=options.images)
+        plan = predict(
+            config, size, links, micro_s,
+            ranks=ranks, ranks_per_node=per_node, images=images, val_images=val_images, synced_norms=norms,
+        )  # fmt: skip
         load = plan.images_s / plan.nodes * options.loader_core_ms / 1000 / options.cores
         cells = [
             ranks, plan.nodes, plan.batch, f"{plan.images_s:,.0f}", f"{plan.efficiency:.1%}",
@@ -222,7 +243,8 @@ def measure(config: Config, links: Links, size: int, *, check_them: bool) -> tup
 def check(config: Config, size: int, links: Links, micro_s: float, ranks: int) -> None:
     """Print what the model says of this machine's ranks, and what they really do."""
     together_s = max(on_ranks(ranks, _time_together, config))
-    predicted_s = micro_s + all_reduce_seconds(size, links, ranks, ranks)
+    norms_s = 2 * synced_norms(config) * all_reduce_seconds(0, links, ranks, ranks)
+    predicted_s = micro_s + norms_s + all_reduce_seconds(size, links, ranks, ranks)
     say(
         f"{ranks} rank(s) here: predicted {1000 * predicted_s:.1f} ms a step, measured {1000 * together_s:.1f} ms"
         f" ({predicted_s / together_s - 1:+.1%}); alone {1000 * micro_s:.1f} ms, efficiency {micro_s / together_s:.1%}"
