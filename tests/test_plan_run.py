@@ -61,6 +61,7 @@ def test_the_gradients_are_the_students():
         (["train.epochs=3"], "which recipe?"),
         (["recipe=imagenet_sew34", "--step-ms", "-1"], "--step-ms -1.0: must be positive"),
         (["recipe=imagenet_sew34", "--gpus", "many"], "--gpus many: give numbers"),
+        (["recipe=imagenet_sew34", "nodes=0", "--step-ms", "60"], "nodes=0: must be at least 1"),
         (["recipe=imagenet_sew35", "--step-ms", "60"], "recipe=imagenet_sew35"),
     ],
 )
@@ -76,6 +77,12 @@ def test_the_table(capsys):
     said = capsys.readouterr().out
     assert "| 1 | 1 | 512 | 1,067 | 100.0% |" in said
     assert "(too slow)" in said
+
+
+def test_nodes_are_of_as_many_gpus_as_the_recipe_puts_on_one(capsys):
+    assert plan_run.main(["recipe=imagenet_sew34", "nodes=1,4", "--step-ms", "60"]) == 0
+    rows = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [[int(cell) for cell in row] for row in rows] == [[8, 1], [32, 4]]
 
 
 def test_synchronised_batch_norms_cost_what_their_messages_take(capsys):

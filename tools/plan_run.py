@@ -1,6 +1,7 @@
 """How fast a recipe would be on 1 to 512 GPUs, and what it would cost: predicted from a measured step and the links.
 
     python tools/plan_run.py recipe=imagenet_sew34 --step-ms 60
+    python tools/plan_run.py recipe=imagenet_sew34 nodes=1,4 --step-ms 60
     python tools/plan_run.py recipe=imagenet_sew34 --step-ms 60 --gpus 8,64 --node-gb-s 50 --cores 64
     python tools/plan_run.py recipe=fashion_sew --check      # measures here, and checks the model against real ranks
 
@@ -137,7 +138,7 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises `ValueError`."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and overrides")
+    parser.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="recipe=NAME, nodes=N,... and overrides")
     parser.add_argument("--step-ms", type=float, help="a micro-batch on one GPU: step, teacher and losses")
     parser.add_argument("--gpus", default=GPUS, help="numbers of GPUs, separated by commas")
     parser.add_argument("--gpus-per-node", type=int, help="as in the recipe unless given")
@@ -157,18 +158,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if len(recipes) != 1:
         raise ValueError("which recipe? give recipe=NAME")
     options.recipe = recipes[0]
-    options.overrides = [text for text in options.settings if not text.startswith("recipe=")]
-    try:
-        options.gpus = [int(text) for text in options.gpus.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--gpus {options.gpus}: give numbers separated by commas") from error
+    nodes = [text.removeprefix("nodes=") for text in options.settings if text.startswith("nodes=")]
+    options.overrides = [text for text in options.settings if not text.startswith(("recipe=", "nodes="))]
+    options.nodes = numbers("nodes=", nodes[-1]) if nodes else None
+    options.gpus = numbers("--gpus ", options.gpus)
     for name in ("step_ms", "gpus_per_node", "gpu_gb_s", "node_gb_s", "loader_core_ms", "images", "cores"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be positive")
-    if min(options.gpus) < 1:
-        raise ValueError(f"--gpus {min(options.gpus)}: must be at least 1")
     return options
+
+
+def numbers(key: str, text: str) -> list[int]:
+    """Whole numbers from 1, separated by commas. Raises `ValueError`."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{key}{text}: give numbers separated by commas") from error
+    if min(found) < 1:
+        raise ValueError(f"{key}{text}: must be at least 1")
+    return found
 
 
 def show(options: argparse.Namespace) -> None:
@@ -204,7 +213,7 @@ def show(options: argparse.Namespace) -> None:
         "loader's load",
     )
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for ranks in options.gpus:
+    for ranks in [n * per_node for n in options.nodes] if options.nodes else options.gpus:
         plan = predict(
             config, size, links, micro_s,
             ranks=ranks, ranks_per_node=per_node, images=images, val_images=val_images, synced_norms=norms,
