@@ -21,6 +21,8 @@ from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import Config
 
 STATE_TAG = "engine"
+REDUCE_BUCKET = 10_000_000
+"""Gradients that a ZeRO stage sends at a time: 40 MB."""
 
 
 class Engine:
@@ -203,7 +205,8 @@ def _deepspeed_config(config: Config, *, autocast: bool) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation,
         # DeepSpeed clips to 1.0 unless told otherwise.
         "gradient_clipping": config.optim.clip_grad,
-        "zero_optimization": {"stage": config.train.zero_stage},
+        # A ZeRO stage allocates a whole bucket at every step, and the default is 2 GB.
+        "zero_optimization": {"stage": config.train.zero_stage, "reduce_bucket_size": REDUCE_BUCKET},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
         "steps_per_print": 10**9,

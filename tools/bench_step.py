@@ -6,7 +6,8 @@
 
 The contestants are in `step_contestants.py`. Each lives in a process of its own, and a round goes through all of them,
 so that a machine that slows down slows all of them; a ratio is the median over rounds of a round's ratio. spikingjelly
-takes part in the fastest of its variants here. `loop` is always fp32.
+takes part in the fastest of its variants here. `loop` is always fp32. Peak memory is the allocator's: on a GPU of all
+that is there, on a CPU of what a step adds to it.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,6 @@ def work(options: argparse.Namespace) -> int:
         torch.backends.cudnn.benchmark = True
     x_BCHW, labels_B = inputs(name, options)
     started = time.monotonic()
-    before = resident_mib("VmRSS")
     step = CONTESTANTS[name](options)
     peak = 0.0
     for line in sys.stdin:
@@ -132,13 +133,14 @@ def work(options: argparse.Namespace) -> int:
             answer = time.monotonic() - started
         elif question == "round":
             step(x_BCHW, labels_B)  # takes back the memory and the caches
-            reset_peak(cuda)
-            answer = timed(step, x_BCHW, labels_B, options.steps, cuda)
-            peak = max(peak, torch.cuda.max_memory_allocated() / 2**20 if cuda else resident_mib("VmHWM") - before)
             if cuda:
+                torch.cuda.reset_peak_memory_stats()  # forgets what compilation took
+            answer = timed(step, x_BCHW, labels_B, options.steps, cuda)
+            if cuda:
+                peak = max(peak, torch.cuda.max_memory_allocated() / 2**20)
                 torch.cuda.empty_cache()
         else:
-            answer = peak
+            answer = peak if cuda else allocated_mib(lambda: step(x_BCHW, labels_B))
         print("answer", json.dumps(answer), flush=True)
     return 0
 
@@ -155,18 +157,20 @@ def timed(step: Any, x_BCHW: torch.Tensor, labels_B: torch.Tensor, steps: int, c
     return (time.perf_counter() - started) / steps
 
 
-def reset_peak(cuda: bool) -> None:
-    """Forget what compilation took."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+def allocated_mib(step: Callable[[], None]) -> float:
+    """The most that tensors allocated within a step take up on the processor, beyond what was there before.
 
-
-def resident_mib(field: str) -> float:
-    """This process's resident memory now (`VmRSS`), or at most since the last reset (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
+    By the allocator: resident memory also counts what malloc keeps, which varies by a third from run to run.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = found.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    total = most = 0
+    for _, change in changes:
+        total += change
+        most = max(most, total)
+    return most / 2**20
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
