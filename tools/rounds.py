@@ -22,7 +22,7 @@ class Worker:
         self._process = Popen(command, stdin=PIPE, stdout=PIPE, text=True)
 
     def ask(self, question: str) -> Any:
-        """The answer to `start`, `round` or `end`. Raises `RuntimeError` if the process has died, and ends it."""
+        """The answer to `start`, `round` or `end`. Raises `RuntimeError` if the process has died."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
