@@ -210,7 +210,7 @@ class TrainConfig:
     """`auto`: torch.compile on a GPU when the run is long enough to pay for it."""
     activation_budget: float = 1.0
     """Share of its activations that a compiled student keeps for the backward pass. At 0.7 the convolutions' outputs
-    alone: spikes are computed again from them. Less: some convolutions run twice. Without compilation it does nothing."""
+    alone: spikes are computed again from them. Less: some convolutions run twice. Eager, it does nothing."""
     recompute_stages: list[int] = field(default_factory=list)
     """Stages (from 1) whose blocks keep only their inputs for the backward pass: less memory, more time."""
     sync_bn: bool = True
