@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.input_size = input_size
+        self._folded = False
         own_std = torch.tensor(std, dtype=torch.float64)
         scale = torch.tensor(student_std, dtype=torch.float64) / own_std
         shift = (torch.tensor(student_mean, dtype=torch.float64) - torch.tensor(mean, dtype=torch.float64)) / own_std
@@ -49,12 +51,12 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def compile_folded(self) -> None:
-        """Compile the network, its batch norms folded into its convolutions.
+        """Compile the network, its batch norms folded into its convolutions and, on a CPU, their weights packed once.
 
-        Inductor folds only where gradients are off around the call, as they are within `forward`; were all of the
-        teacher compiled, the batch norms would stay kernels of their own.
+        The weights are then held twice. What is compiled must not change any more.
         """
-        self.model.compile(options={"freezing": True})
+        self.model.compile()
+        self._folded = True
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -64,7 +66,9 @@ class Teacher(nn.Module):
             x_BCHW = x_BCHW * self.scale_C[:, None, None] + self.shift_C[:, None, None]
         if self.input_size is not None and tuple(x_BCHW.shape[-2:]) != self.input_size:
             x_BCHW = F.interpolate(x_BCHW, self.input_size, mode="bilinear", antialias=True)
-        logits_BK: Tensor = self.model(x_BCHW)
+        # At the first call, Dynamo and Inductor both ask for it, and only where gradients are off.
+        with torch._inductor.config.patch(freezing=self._folded):
+            logits_BK: Tensor = self.model(x_BCHW)
         return logits_BK
 
 

@@ -1,6 +1,7 @@
 """The contestants of tools/bench_step.py compute what they are said to."""
 
 import torch
+from bench_step import allocated_mib
 from step_contestants import LoopedNet
 
 from tdkd_dist.config import StudentConfig
@@ -24,3 +25,14 @@ def test_the_looped_network_is_our_student():
         assert ours.abs().max() > 0
         torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(student.conv1.weight.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_peak_is_what_lives_at_once():
+    def step():
+        a = torch.zeros(2**20)  # 4 MiB
+        del a
+        b = torch.zeros(2**20)
+        c = b + 1
+        assert c[0] == 1
+
+    assert 8 <= allocated_mib(step) < 9

@@ -107,3 +107,8 @@ def test_folded_and_compiled_it_computes_the_same():
     teacher.compile_folded()
     assert expected.std() > 1e-3
     torch.testing.assert_close(teacher(x), expected, rtol=1e-4, atol=1e-4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        teacher(x)
+    called = {event.name for event in found.events()}
+    assert "mkldnn::_convolution_pointwise" in called  # on weights packed beforehand
+    assert not called & {"aten::convolution", "aten::batch_norm", "aten::native_batch_norm"}

@@ -17,6 +17,7 @@ from tdkd_dist.command_line import publish, run_tool
 VARIANTS: dict[str, list[str]] = {
     "defaults": [],
     "train.compile=false": ["--no-compile"],
+    "default layout instead of channels_last": ["--layout=contiguous"],
     "train.activation_budget=0.7": ["--set=train.activation_budget=0.7"],
     "train.activation_budget=0.4": ["--set=train.activation_budget=0.4"],
     "train.recompute_stages=[1]": ["--set=train.recompute_stages=[1]"],

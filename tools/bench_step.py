@@ -64,6 +64,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument(
+        "--layout", default="channels_last", choices=("channels_last", "contiguous"), help="of the full step's tensors"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps a contestant takes in a round")
     parser.add_argument("--only", default=",".join(CONTESTANTS), help="contestants, separated by commas")
@@ -183,6 +186,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         "size",
         "precision",
         "compile",
+        "layout",
         "set",
         "rounds",
         "steps",

@@ -35,6 +35,7 @@ from tdkd_dist.train import make_loss
 from tdkd_dist.validate import as_timesteps
 
 Step = Callable[[Tensor, Tensor], None]
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 def make_config(options: argparse.Namespace) -> Config:
@@ -57,22 +58,27 @@ def make_config(options: argparse.Namespace) -> Config:
 def full(options: argparse.Namespace) -> Step:
     """Our whole step."""
     distributed.start_here(0, 1, distributed.free_port(), torch.device(options.device))
-    return make_step(make_config(options), torch.device(options.device), compiled=options.compile)
+    layout = LAYOUTS[options.layout]
+    return make_step(make_config(options), torch.device(options.device), compiled=options.compile, layout=layout)
 
 
-def make_step(config: Config, device: torch.device, *, compiled: bool) -> Step:
+def make_step(
+    config: Config, device: torch.device, *, compiled: bool, layout: torch.memory_format = torch.channels_last
+) -> Step:
     """A run's optimiser step on this rank, with a teacher of random weights; the process group must exist."""
     torch.manual_seed(0)
     student = create_student(config.student).to(device)
     choose_recomputed(student, config)
     engine = Engine(student, config, device=device, steps_per_epoch=1000, compiled=compiled)
     engine.student.train()
+    if layout is not torch.channels_last:  # the engine's choice, except under ZeRO
+        engine.student.to(memory_format=layout)
     teacher: Teacher | None = None
     if config.loss.alpha:
         plain = replace(config.teacher, checkpoint=None, pretrained=False)
         classes, channels = config.student.num_classes, config.student.in_chans
         teacher = create_teacher(plain, config.data, num_classes=classes, in_chans=channels)
-        teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        teacher.to(device, memory_format=layout)  # type: ignore[call-overload]
         if compiled:
             teacher.compile_folded()
     loss = make_loss(config)
@@ -251,7 +257,7 @@ def inputs(name: str, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     device, n = torch.device(options.device), options.batch * (options.timesteps if name == "resnet" else 1)
     images_BCHW = torch.randn(n, 3, options.size, options.size, device=device)
     plain = name == "loop" or (name == "spikingjelly" and "channels_last" not in options.variant)
-    layout = torch.contiguous_format if plain else torch.channels_last
+    layout = LAYOUTS[options.layout] if name == "full" else LAYOUTS["contiguous" if plain else "channels_last"]
     return images_BCHW.to(memory_format=layout), torch.randint(1000, (n,), device=device)
 
 

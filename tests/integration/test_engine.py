@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from bench_step import allocated_mib
 from ranks import run_ranks
 
 from tdkd_dist.config import Config, LauncherConfig, OptimConfig, StudentConfig, TrainConfig
@@ -185,6 +186,34 @@ def skip_a_bad_step(rank: int, world_size: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_step_with_a_nan_on_one_rank_leaves_no_trace(stage):
     run_ranks(skip_a_bad_step, 2, stage)
+
+
+def bounded_by_the_bucket(rank: int, world_size: int, stage: int) -> None:
+    from tdkd_dist.engine import REDUCE_BUCKET, Engine
+
+    engine = Engine(
+        make_student(),
+        make_config(world_size, zero_stage=stage),
+        device=torch.device("cpu"),
+        steps_per_epoch=100,
+        compiled=False,
+    )
+    images, labels = make_batches()
+    loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
+
+    def step() -> None:
+        engine.backward(loss(engine.forward(images[0, rank]), None, labels[0, rank]).total)
+        engine.update()
+
+    step()
+    assert allocated_mib(step) < 4 * REDUCE_BUCKET / 2**20 + 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_zero_stage_sends_in_small_buckets(stage):
+    """DeepSpeed's default would allocate 2 GB at every step."""
+    run_ranks(bounded_by_the_bucket, 2, stage)
 
 
 def test_weight_decay_skips_norms_and_biases():

@@ -69,6 +69,7 @@ def imagenet(folder) -> list[str]:
     return (
         f"recipe=imagenet_sew34 data.train={folder}/train.beton data.val={folder}/val.beton train.max_steps=3"
         " data.image_size=64 train.batch_size=8 launcher.gpus_per_node=0 launcher.tasks_per_node=2"
+        " train.activation_budget=0.7"
         f" teacher.pretrained=false teacher.min_top1=0 run.dir={folder}/imagenet"
     ).split()
 
@@ -78,6 +79,7 @@ def test_the_imagenet_recipe_runs_on_two_cpu_ranks_and_is_finished_once(imagenet
     first = launch(*imagenet)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "warning: teacher resnet34.tv_in1k has random weights" in first.stdout
+    assert "train.activation_budget: ignored, the student is not compiled" in first.stdout
     table = [line.split() for line in first.stdout.splitlines() if line.strip()[:1] in "1234" and "%" not in line]
     assert [row[0] for row in table] == ["1", "2", "3", "4"]
     assert f"of {VAL} images" in first.stdout
