@@ -5,6 +5,8 @@ for the smallest.
 """
 
 import copy
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import timm.optim
@@ -123,10 +125,14 @@ def test_stages_that_are_not_there_are_named(model, stages, message):
         choose_recomputed(timm.create_model(model), config)
 
 
-def kept_by(name: str, batch: int, activation_budget: float, **arguments: object) -> int:
-    """Bytes that the compiled network keeps of a forward pass for its backward pass, without its weights."""
+def kept_by(
+    name: str, batch: int, activation_budget: float, recomputed: Sequence[int] = (), **arguments: object
+) -> list[int]:
+    """Bytes of each tensor that the compiled network keeps for its backward pass, its weights apart."""
     torch.compiler.reset()
-    net = timm.create_model(name, num_classes=K, **arguments).train()
+    net = timm.create_model(name, num_classes=K, **arguments).train().to(memory_format=torch.channels_last)
+    if recomputed:
+        net.recompute(recomputed)
     weights = {p.data_ptr() for p in net.parameters()}
     found = {}
 
@@ -139,16 +145,31 @@ def kept_by(name: str, batch: int, activation_budget: float, **arguments: object
         torch._functorch.config.patch(activation_memory_budget=activation_budget),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
     ):
-        torch.compile(net, backend="aot_eager_decomp_partition")(torch.randn(batch, 3, 64, 64))
-    return sum(found.values())
+        x_BCHW = torch.randn(batch, 3, 64, 64).to(memory_format=torch.channels_last)
+        torch.compile(net, backend="aot_eager_decomp_partition")(x_BCHW)
+    return list(found.values())
 
 
 def test_compiled_it_keeps_no_more_for_the_backward_pass_than_the_plain_network():
     """Membranes, spikes before the shortcut and surrogates are computed again, from what batch norm keeps anyway."""
-    resnet, student = kept_by("resnet18", T * B, 1.0), kept_by("sew_resnet18", B, 1.0, num_timesteps=T)
+    resnet, student = sum(kept_by("resnet18", T * B, 1.0)), sum(kept_by("sew_resnet18", B, 1.0, num_timesteps=T))
     assert 0 < student <= resnet
-    half = kept_by("sew_resnet18", B, 0.7, num_timesteps=T)
+    half = sum(kept_by("sew_resnet18", B, 0.7, num_timesteps=T))
     assert 0 < half <= 0.6 * student  # spikes are computed again too
+
+
+def test_compiled_every_recomputed_block_keeps_its_input():
+    """Were they not kept, all blocks would be computed again at once, at a higher peak than without recomputing."""
+    sizes: list[int] = []
+    net = timm.create_model("sew_resnet18", num_classes=K, num_timesteps=T)
+    for stage in net.stages:
+        for block in stage.children():
+            block.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].nbytes))
+    net(torch.randn(B, 3, 64, 64))
+    assert len(sizes) == 8
+    kept = kept_by("sew_resnet18", B, 1.0, (1, 2, 3, 4), num_timesteps=T)
+    assert not Counter(sizes) - Counter(kept)
+    assert sum(kept) < 0.5 * sum(kept_by("sew_resnet18", B, 1.0, num_timesteps=T))
 
 
 @pytest.mark.slow

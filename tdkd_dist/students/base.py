@@ -3,6 +3,7 @@
 Shapes: T timesteps, B images, C channels, H, W pixels, K classes. Between the layers x is `[T*B, C, H, W]`, T-major.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -208,10 +209,17 @@ def run_keeping_inputs(blocks: nn.Module, x: Tensor) -> Tensor:
     """`blocks(x)`, of which autograd keeps each block's input alone; statistics move once, not again in recomputing."""
     for block in blocks.children():
         if torch.compiler.is_compiling():  # the second pass is a part of the backward graph, which changes no buffer
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(_with_an_end, block, x, use_reentrant=False)
         else:
             x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_again, block))
     return x
+
+
+def _with_an_end(block: nn.Module, x: Tensor) -> Tensor:
+    # The partitioner keeps a block's output for the next one only if it is no view, and Inductor takes out a clone.
+    # Without this all blocks would be computed again at once, from the first one's input.
+    y: Tensor = block(x)
+    return y.clamp(max=math.inf)
 
 
 def _again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
