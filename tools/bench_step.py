@@ -219,7 +219,9 @@ def as_markdown(options: argparse.Namespace, results: dict[str, dict[str, Any]])
             lines.append(f"| {name} | {result['error']} | - | - | - |")
             continue
         seconds = result["seconds"]
-        title = f"{name} ({result['variant']})" if name == "spikingjelly" else name
+        layout = [options.layout] if options.layout != "channels_last" else []
+        kinds = {"spikingjelly": [result["variant"]], "full": [*layout, *options.set], "student": options.set}.get(name)
+        title = f"{name} ({', '.join(kinds)})" if kinds else name
         cells = [
             title,
             f"{1000 * statistics.median(seconds):.0f} ({1000 * min(seconds):.0f} to {1000 * max(seconds):.0f})",
