@@ -127,6 +127,18 @@ def _charge(x: Tensor, m: Tensor, decay: float | Tensor, out: Tensor | None = No
     return torch.add(x, m, alpha=decay, out=out)
 
 
+def _start(x: Tensor) -> Tensor:
+    """The first charge: x in the state's type, as a computation of its own.
+
+    Not the sum with a membrane of zeros: Inductor makes all layers of a shape share one, and AOTAutograd's partitioner
+    keeps what is computed from it, taking the first layer and the last for too far apart to compute it again. Nor x
+    itself: a part of all timesteps' currents that is read twice, which makes Inductor write all of them to memory. It
+    takes out sums with 0 and copies, but not this.
+    """
+    h = x.to(_state_dtype(x))
+    return h if h is not x else x.neg().neg()
+
+
 def _fire(h: Tensor, gap: float, out: Tensor) -> Tensor:
     return torch.ge(h, gap, out=out)
 
@@ -281,8 +293,9 @@ class SpikingNeuron(nn.Module):
 
     def _step(self, x: Tensor, m: Tensor | None, decay: float | Tensor) -> tuple[Tensor, Tensor]:
         k = self._dynamics
-        m = torch.zeros_like(x, dtype=_state_dtype(x)) if m is None else m
-        h = _charge(x, m, decay)
+        if m is None and isinstance(decay, Tensor) and self.num_timesteps == 1:
+            m = torch.zeros_like(x, dtype=_state_dtype(x))  # so that the decay gets its gradient, 0
+        h = _start(x) if m is None else _charge(x, m, decay)
         s = _Spike.apply(h, k.gap, k.surrogate, k.alpha)
         return s.to(x.dtype), _reset(h, s.detach() if k.detach_reset else s, k.drop)
 
