@@ -17,9 +17,11 @@ from torch._inductor.fx_passes import freezing_patterns
 from torch.nn import functional as F
 
 from tdkd_dist import distributed
+from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import DataConfig, TeacherConfig
 from tdkd_dist.engine import Engine
 from tdkd_dist.losses import TemporalDistillationLoss
+from tdkd_dist.neurons import SpikingNeuron
 from tdkd_dist.recipe import load_config
 from tdkd_dist.students import choose_recomputed, spiking_names
 from tdkd_dist.teachers import create_teacher
@@ -41,6 +43,19 @@ def test_one_graph_forward_and_backward(name):
     for _ in range(2):
         assert_close(everything(compiled, images()), everything(plain, images()), 1e-9)
     assert counter.frame_count == 1
+
+
+def test_writing_the_gradient_of_a_shortcut_changes_no_bit():
+    """As on CUDA, and not."""
+    found = []
+    for write in (False, True):
+        torch.compiler.reset()
+        net = student("sew_resnet8").train()
+        compile_training(net, device=torch.device("cuda" if write else "cpu"))
+        assert {m.writes_shortcut_gradient for m in net.modules() if isinstance(m, SpikingNeuron)} == {write}
+        net.compile(backend="aot_eager", fullgraph=True)
+        found.append(everything(net, images()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.slow
