@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tdkd_dist import distributed
 from tdkd_dist.config import Config, flatten
+from tdkd_dist.data.batch import Batch
 from tdkd_dist.losses import LossTerms
 from tdkd_dist.metrics import ensemble_losses
 from tdkd_dist.run_folder import RunFolder, append_text
@@ -67,20 +68,23 @@ class TrainMeter:
         self._sums: Tensor | None = None
         self._reset()
 
-    def wait_for(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; the time it takes counts as waiting for data."""
         started = time.monotonic()
         batch = next(batches)
         self._waited_s += time.monotonic() - started
         return batch
 
-    def add(self, terms: LossTerms, logits_TBK: Tensor, labels: Tensor) -> None:
-        """Add a micro-batch's loss terms, and the ensembles' losses; they stay on the device until a row is due."""
+    def measure(self, terms: LossTerms, logits_TBK: Tensor, labels: Tensor) -> Tensor:
+        """A micro-batch's loss terms and the ensembles' losses, to be added once its step is taken; on the device."""
         values = torch.stack([term.detach() for term in terms]).double()
         # Fewer timesteps than the student's when their number is drawn at random.
         missing = self._num_timesteps - len(logits_TBK)
         ensembles_3T = torch.nn.functional.pad(ensemble_losses(logits_TBK, labels), (0, missing))
-        values = torch.cat([values, ensembles_3T.flatten()])
+        return torch.cat([values, ensembles_3T.flatten()])
+
+    def add(self, values: Tensor) -> None:
+        """Add what `measure` found; it stays on the device until a row is due."""
         self._sums = values if self._sums is None else self._sums + values
         self._micro_batches += 1
 

@@ -197,7 +197,7 @@ class Trainer:
         while progress.step_in_epoch < self.loader.steps_per_epoch and not self._complete and not guard.stop:
             self._draw_timesteps()
             engine.remember_buffers()
-            done = []
+            measured = []
             for micro_batch in range(config.accumulation):
                 heartbeat.beat("waiting for data", progress.global_step)
                 images_BCHW, labels_B = meter.wait_for(batches)
@@ -211,7 +211,7 @@ class Trainer:
                 terms = self.loss(logits_TBK, teacher_logits_BK, labels)
                 guard.watch(terms.total)
                 engine.backward(terms.total)
-                done.append((terms, logits_TBK.detach(), labels))
+                measured.append(meter.measure(terms, logits_TBK, labels))
             heartbeat.beat("agreeing", progress.global_step)
             samples = partial(self.loader.samples, progress.epoch, progress.step_in_epoch)
             skip = guard.agree(progress.global_step, samples)
@@ -222,8 +222,8 @@ class Trainer:
                     f"step {progress.global_step + 1} skipped: its loss is not finite ({guard.skipped} so far)"
                 )
             else:
-                for parts in done:
-                    meter.add(*parts)
+                for values in measured:
+                    meter.add(values)
             progress.step_in_epoch += 1
             progress.global_step += 1
             meter.step(progress.epoch, progress.step_in_epoch, progress.global_step, engine.learning_rate)

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.crops import (
     DOWN,
     ERASE_HEIGHT,
@@ -73,8 +73,8 @@ class FfcvReader:
         self._plan_node = next(node.id for node in nodes if getattr(node, "decoder", None) is self._decoder)
         self._open: Any = None
 
-    def batches(self, order: Ints, epoch: int) -> Generator[tuple[Tensor, Tensor]]:
-        """The samples `order` in batches: images [B, 3, H, W] uint8, labels [B].
+    def batches(self, order: Ints, epoch: int) -> Generator[Batch]:
+        """The samples `order` in batches.
 
         Raises `ValueError` naming a sample that cannot be decoded, `RuntimeError` when the thread dies or stalls.
         """
@@ -89,7 +89,7 @@ class FfcvReader:
             for images_BCHW, labels_B1 in iterator:
                 # FFCV's thread sets the thread count of the whole process when it starts.
                 torch.set_num_threads(threads)
-                yield images_BCHW, labels_B1.flatten()
+                yield Batch(images_BCHW, labels_B1.flatten())
         finally:
             iterator.close()
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.crops import DOWN, ERASE_TOP, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, CropRule, Ints
 from tdkd_dist.data.jitter import augment_seed
 from tdkd_dist.data.sources import Image, Source
@@ -51,8 +51,8 @@ class FolderReader:
             timeout=STALL_SECONDS,
         )
 
-    def batches(self, order: Ints, epoch: int) -> Generator[tuple[Tensor, Tensor]]:
-        """The samples `order` in batches: images [B, 3, H, W] uint8, labels [B].
+    def batches(self, order: Ints, epoch: int) -> Generator[Batch]:
+        """The samples `order` in batches.
 
         Raises `ValueError` naming a picture that cannot be read, `RuntimeError` when a process dies.
         """
@@ -62,7 +62,7 @@ class FolderReader:
         try:
             for images_BHWC, labels_B in self._loader:
                 images_BCHW = images_BHWC.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-                yield images_BCHW, labels_B.to(self._device, non_blocking=True)
+                yield Batch(images_BCHW, labels_B.to(self._device, non_blocking=True))
         except ValueError as error:
             # The DataLoader's message is the traceback of its process; the last line is ours.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error

@@ -13,18 +13,15 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tdkd_dist.config import DataConfig
+from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.checks import check_classes, say_where_it_is_cached
 from tdkd_dist.data.crops import CropRule, Ints
 from tdkd_dist.data.jitter import ColorJitter
 from tdkd_dist.data.manifest import check_beton
 from tdkd_dist.data.sources import Source, open_source
 from tdkd_dist.data.staging import staged
-
-Batch = tuple[Tensor, Tensor]
-"""Images uint8 [b, 3, H, W], channels_last, and labels int64 [b]; valid until the next one is asked for."""
 
 
 class Reader(Protocol):
@@ -109,7 +106,7 @@ def _jittered(batches: Generator[Batch], jitter: ColorJitter, order: Ints, epoch
         for images_BCHW, labels_B in batches:
             indices_B = order[position : position + len(labels_B)]
             position += len(labels_B)
-            yield jitter(images_BCHW, epoch, indices_B), labels_B
+            yield Batch(jitter(images_BCHW, epoch, indices_B), labels_B)
     finally:
         batches.close()
 
