@@ -214,7 +214,7 @@ class TrainConfig:
     recompute_stages: list[int] = field(default_factory=list)
     """Stages (from 1) whose blocks keep only their inputs for the backward pass: less memory, more time."""
     sync_bn: bool = True
-    """Batch statistics over all ranks (GPU only)."""
+    """Batch statistics over all ranks."""
     random_timesteps: bool = False
     """Run a number of timesteps drawn from 1 to T in each optimiser step, the same on all ranks."""
     ema_decay: float = 0.0

@@ -17,6 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from tdkd_dist import distributed
+from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import Config
 
@@ -31,7 +32,7 @@ class Engine:
     Args:
         student: on its device, not yet wrapped; float32.
         config: the run's; it must have passed `Config.check`.
-        device: of this rank; CUDA brings bf16 and SyncBatchNorm if the configuration asks for them.
+        device: of this rank; CUDA brings bf16 if the configuration asks for it.
         steps_per_epoch: optimiser steps, for the schedule.
         compiled: whether to compile the student.
     """
@@ -46,8 +47,8 @@ class Engine:
 
         # Its shared-memory all-reduce would be compiled at first use, a minute on two cores; gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if config.train.sync_bn and device.type == "cuda" and distributed.world_size() > 1:
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
+        if config.train.sync_bn and distributed.world_size() > 1:
+            synchronise(student)
         if compiled:
             compile_training(student, config.train.activation_budget)
         self.student = student

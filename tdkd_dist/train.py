@@ -116,8 +116,6 @@ class Trainer:
         teacher = _build_teacher(parts)
         if teacher is not None and compiled:
             teacher.compile_folded()
-        if config.train.sync_bn and place.device.type == "cpu" and place.world_size > 1:
-            log.say("train.sync_bn: ignored, batch norm is not synchronised on the CPU")
         if config.train.activation_budget < 1 and not compiled:
             log.say("train.activation_budget: ignored, the student is not compiled (train.compile=true compiles it)")
         engine = Engine(

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tdkd_dist.batch_norm import batch_norm_repeated
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 
 Block = Callable[[int, int, int, float], "ResidualBlock"]
@@ -180,31 +180,6 @@ class SpikingNet(nn.Module):
         return {f"{name}.w" for name in names}
 
 
-def batch_norm_repeated(bn: nn.Module, x: Tensor, repeats: int) -> Tensor:
-    """`bn(x)`, leaving the running statistics that `repeats` copies of x in one batch would have left.
-
-    Output, gradients and running mean do not depend on the number of copies; the running variance does, since it is
-    of n/(n-1) times the batch's, n counting every copy (over all ranks, with equal batches, under SyncBatchNorm).
-    """
-    assert isinstance(bn, nn.modules.batchnorm._BatchNorm)
-    before = None if bn.running_var is None else bn.running_var.clone()
-    y: Tensor = bn(x)
-    if not bn.training or bn.running_var is None or before is None or repeats == 1:
-        return y
-    n = x.numel() // x.shape[1]
-    if isinstance(bn, nn.SyncBatchNorm) and dist.is_initialized():
-        n *= dist.get_world_size(bn.process_group)
-    correction = (n - 1) / n * repeats * n / (repeats * n - 1)
-    momentum: float | Tensor | None = bn.momentum
-    if momentum is None:
-        assert bn.num_batches_tracked is not None
-        momentum = 1 / bn.num_batches_tracked.to(before.dtype)
-    kept = before * (1 - momentum)
-    # Through .data, since autograd guards running_var for a backward pass that reads it in eval mode only.
-    bn.running_var.data.copy_(kept + (bn.running_var - kept) * correction)
-    return y
-
-
 def run_keeping_inputs(blocks: nn.Module, x: Tensor) -> Tensor:
     """`blocks(x)`, of which autograd keeps each block's input alone; statistics move once, not again in recomputing."""
     for block in blocks.children():
@@ -234,7 +209,7 @@ def _put_back_buffers(block: nn.Module) -> Iterator[None]:
         yield  # left by an exception as soon as all that is needed has been computed
     finally:
         for buffer, copied in before:
-            buffer.data.copy_(copied)  # .data: as in `batch_norm_repeated`
+            buffer.data.copy_(copied)  # .data: as in `batch_norm.batch_norm_repeated`
 
 
 class TemporalDropPath(nn.Module):
