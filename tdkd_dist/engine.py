@@ -209,7 +209,10 @@ def _deepspeed_config(config: Config, *, autocast: bool) -> dict[str, Any]:
         # A ZeRO stage allocates a whole bucket at every step, and the default is 2 GB.
         "zero_optimization": {"stage": config.train.zero_stage, "reduce_bucket_size": REDUCE_BUCKET},
         "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
+        # ZeRO stages would send the gradients of the modules listed here, by default all convolutions, in bf16.
+        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        # It waits for the device in a forward hook, which Dynamo traces, and dies of.
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 10**9,
     }
 
