@@ -2,6 +2,8 @@
 
 import os
 import socket
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -9,29 +11,33 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
-"""The longest that a collective waits for a rank that doesn't come."""
+"""The longest that a collective waits for a rank that doesn't come, where no heartbeat watches over it."""
+PATIENCE = timedelta(days=7)
+"""The same of the control group, in which ranks also wait for one that copies its data: the heartbeat ends a hang."""
 
 
 # Flags, names and barriers travel over gloo, so that agreeing on them never waits for the GPU's queue of work.
 _control: dist.ProcessGroup | None = None
 
 
-def start(device: torch.device) -> None:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: nccl on a GPU, else gloo."""
+def start(device: torch.device, timeout: timedelta = TIMEOUT) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: nccl on a GPU, else gloo.
+
+    `timeout` bounds every collective; longer than the heartbeat's, or else a hang ends before the laggard is named.
+    """
     global _control
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    if device.type == "cuda":
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        assert isinstance(group, dist.ProcessGroup)
-        _control = group
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    _control = group
 
 
-def start_here(rank: int, world_size: int, port: int, device: torch.device) -> None:
+def start_here(rank: int, world_size: int, port: int, device: torch.device, *, timeout: timedelta = TIMEOUT) -> None:
     """Join a process group whose ranks are all on this machine, without a launcher: for tests and benchmarks."""
     facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in facts.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    start(device)
+    start(device, timeout)
 
 
 def free_port() -> int:
@@ -95,6 +101,18 @@ def from_rank_0(value: str | None) -> str | None:
 
 
 def barrier() -> None:
-    """Wait for every rank, at most `TIMEOUT`."""
+    """Wait for every rank."""
     if world_size() > 1:
         dist.barrier(group=_control)
+
+
+def meet(beat: Callable[[], None]) -> None:
+    """Wait for every rank, however long it takes; `beat` is called meanwhile, a sign that this one is well."""
+    if world_size() == 1:
+        return
+    arrived = dist.barrier(group=_control, async_op=True)
+    assert arrived is not None
+    while not arrived.is_completed():
+        beat()
+        time.sleep(0.05)
+    arrived.wait()

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from tdkd_dist.config import Config
-from tdkd_dist.heartbeat import Heartbeat
+from tdkd_dist.heartbeat import Heartbeat, outlasting
 
 PACKAGE = Path(__file__).resolve().parent
 CACHES = {
@@ -77,7 +77,6 @@ class Job:
         cores = cores_per_rank(environment.local_world_size)
         torch.set_num_threads(cores)
         device = _device(self.config, environment.local_rank)
-        distributed.start(device)
         place = Place(
             device=device,
             rank=environment.rank,
@@ -88,6 +87,8 @@ class Job:
         folder = RunFolder(self.config.run.folder.absolute())
         timeout_s = 60 * self.config.launcher.hang_timeout_min
         with Heartbeat(folder.heartbeat, rank=environment.rank, timeout_s=timeout_s) as heartbeat:
+            heartbeat.beat("joining the other ranks", 0)
+            distributed.start(device, outlasting(timeout_s))
             return run(self.config, folder, place, heartbeat, lambda: flags.stop)
 
 
