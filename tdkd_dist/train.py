@@ -40,9 +40,12 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
     if that ended the run early, with a checkpoint to go on from. Raises `ValueError` for a user's mistake that only the
     job can find.
     """
+    # Crops keep their size for epochs, so that finding the fastest convolutions pays; a no-op on a CPU.
+    torch.backends.cudnn.benchmark = True
     log = Log(folder.log_file)
     log.take_over_logging()
-    heartbeat.beat("opening data", 0)
+    opening = partial(heartbeat.beat, "opening data", 0)
+    opening()
     validation = make_val_loader(
         config.data,
         batch_size=config.eval.batch_size or config.micro_batch,
