@@ -256,6 +256,10 @@ def _iterator_class() -> Any:
             plans_BP = self.memory_allocations["operation"][self._plan_node][1][batch_slot][: len(batch_indices)]
             plans_BP[:, :DECODED] = self._plan(batch_indices)
             result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+            if self._device.type == "cuda":
+                # FFCV would only make the GPU wait, and could then overwrite pinned memory that is still being sent.
+                # Here, and not where the batch is taken: the training loop must not wait.
+                self.cuda_streams[batch_slot].synchronize()
             broken = batch_indices[plans_BP[:, DECODED] != 0]
             if len(broken):
                 raise ValueError(f"sample {broken[0]} cannot be decoded; see tools/write_beton.py --verify")
@@ -266,10 +270,7 @@ def _iterator_class() -> Any:
             if item is None:
                 self.close()
                 raise StopIteration
-            slot, result = item
-            if self._device.type == "cuda":
-                # FFCV only makes the GPU wait; its thread could then overwrite pinned memory that is still being sent.
-                self.cuda_streams[slot].synchronize()
+            _, result = item
             return result
 
         def _wait(self) -> Any:
