@@ -170,8 +170,9 @@ def _device(config: Config, local_rank: int) -> Any:
     available = torch.cuda.device_count()
     if local_rank >= available:
         raise ValueError(
-            f"launcher.gpus_per_node={config.launcher.gpus_per_node}: rank {local_rank} of this node sees"
-            f" {available} GPUs; launcher.gpus_per_node=0 trains on the CPU"
+            f"launcher.gpus_per_node={config.launcher.gpus_per_node}: rank {local_rank} of this node sees {available}"
+            " GPUs, and every rank must see all of them: on Slurm leave --gpus-per-task and --gpu-bind out of"
+            " launcher.sbatch and launcher.srun_args; launcher.gpus_per_node=0 trains on the CPU"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)

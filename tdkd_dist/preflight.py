@@ -67,12 +67,13 @@ def _check_machine(config: Config, cluster: str, found: Findings, dry_run: bool)
     if cluster == "slurm":
         return
     cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    here = f"this machine has {gpus}" if chosen is None else f"CUDA_VISIBLE_DEVICES={chosen} shows {gpus}"
     for fits, message in (
         (launcher.nodes == 1, f"launcher.nodes={launcher.nodes}: this machine is one; use launcher.cluster=slurm"),
         (
             launcher.gpus_per_node <= gpus,
-            f"launcher.gpus_per_node={launcher.gpus_per_node}: this machine has {gpus};"
-            " launcher.gpus_per_node=0 trains on the CPU",
+            f"launcher.gpus_per_node={launcher.gpus_per_node}: {here}; launcher.gpus_per_node=0 trains on the CPU",
         ),
         (data.workers is None or data.workers <= cores, f"data.workers={data.workers}: only {cores} cores here"),
     ):

@@ -1,5 +1,6 @@
 """From a checked configuration to a job on this machine or on Slurm, followed to its end."""
 
+import os
 import shutil
 import signal
 import sys
@@ -74,6 +75,10 @@ def make_executor(config: Config, folder: RunFolder, cluster: str, code: Path | 
     else:
         parameters["gpus_per_node"] = launcher.gpus_per_node
     executor.update_parameters(**parameters)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if cluster == "local" and chosen is not None:
+        # submitit would number GPUs from 0 instead, and its own `visible_gpus` knows neither UUIDs nor MIG's names.
+        executor._executor.parameters["visible_gpus"] = (chosen,)
     return executor
 
 
