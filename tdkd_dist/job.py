@@ -74,21 +74,21 @@ class Job:
         from tdkd_dist.run_folder import RunFolder
         from tdkd_dist.train import run
 
-        cores = cores_per_rank(environment.local_world_size)
-        torch.set_num_threads(cores)
         device = _device(self.config, environment.local_rank)
-        place = Place(
-            device=device,
-            rank=environment.rank,
-            world_size=environment.world_size,
-            workers=self.config.data.workers or cores,
-            teacher_weights=self.teacher_weights,
-        )
         folder = RunFolder(self.config.run.folder.absolute())
         timeout_s = 60 * self.config.launcher.hang_timeout_min
         with Heartbeat(folder.heartbeat, rank=environment.rank, timeout_s=timeout_s) as heartbeat:
             heartbeat.beat("joining the other ranks", 0)
             distributed.start(device, outlasting(timeout_s))
+            cores = distributed.cores_per_rank()
+            torch.set_num_threads(cores)
+            place = Place(
+                device=device,
+                rank=environment.rank,
+                world_size=environment.world_size,
+                workers=self.config.data.workers or cores,
+                teacher_weights=self.teacher_weights,
+            )
             return run(self.config, folder, place, heartbeat, lambda: flags.stop)
 
 
@@ -123,11 +123,6 @@ class _SignalFlags:
 def is_users_mistake(error: ValueError) -> bool:
     """A `ValueError` that our own code raised; one from inside a library is a crash."""
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(PACKAGE)
-
-
-def cores_per_rank(ranks_on_node: int) -> int:
-    """This rank's equal share of the cores that the process may use."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
 
 
 def keep_caches_local() -> None:
