@@ -103,6 +103,8 @@ def show(config: "Config") -> None:
         print(f"batch script:\n{submission.batch_script(config, RunFolder(config.run.folder))}")
     for line in findings.absent:
         print(f"not here yet: {line}")
+    for line in findings.advice:
+        print(f"note: {line}")
 
 
 def run(config: "Config") -> int:
@@ -122,6 +124,8 @@ def run(config: "Config") -> int:
     findings = preflight.check(config, cluster=cluster)
     folder.create(config)
     print(f"{folder.path}: {submission.describe(config, cluster)}", flush=True)
+    for line in findings.advice:
+        print(f"note: {line}", flush=True)
     return submission.run_to_end(config, folder, cluster, findings.teacher_weights)
 
 

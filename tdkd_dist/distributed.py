@@ -111,10 +111,8 @@ def cores_per_rank() -> int:
     mine = os.sched_getaffinity(0)
     neighbours = [cores for machine, cores in from_every_rank((_machine(), mine)) if machine == _machine()]
     share = sum(1 / sum(core in cores for cores in neighbours) for core in mine)
-    given = os.environ.get("SLURM_CPUS_PER_TASK")
-    if given is None and "SLURM_CPUS_ON_NODE" in os.environ:
-        given = str(int(os.environ["SLURM_CPUS_ON_NODE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, min(int(share + 1e-6), int(given or share + 1)))
+    given = int(os.environ.get("SLURM_CPUS_ON_NODE", len(mine) * len(neighbours)))
+    return max(1, min(int(share + 1e-6), given // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _machine() -> str:

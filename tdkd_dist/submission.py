@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist import scheduler
+from tdkd_dist import scheduler, slurm
 from tdkd_dist.config import Config
 from tdkd_dist.follow import CRASHED, Follower
 from tdkd_dist.job import PACKAGE, Job
@@ -56,9 +56,12 @@ def make_executor(config: Config, folder: RunFolder, cluster: str, code: Path | 
     }
     if cluster == "slurm":
         code = code or _snapshot(folder)
+        options = slurm.options(launcher)
+        cpus = slurm.cpus_per_task(launcher, slurm.partitions(launcher))
         parameters |= {
-            "gpus_per_node": launcher.gpus_per_node or None,
-            "cpus_per_task": launcher.cpus_per_task,
+            # Many clusters want their own way, such as launcher.sbatch.gres=gpu:a100:4, and refuse both together.
+            "gpus_per_node": None if set(slurm.GPU_OPTIONS) & options.keys() else launcher.gpus_per_node or None,
+            "cpus_per_task": cpus,
             "mem_gb": launcher.mem_gb,
             "slurm_partition": launcher.partition,
             "slurm_account": launcher.account,
@@ -67,8 +70,13 @@ def make_executor(config: Config, folder: RunFolder, cluster: str, code: Path | 
             "slurm_setup": [f'export PYTHONPATH="{code}:$PYTHONPATH" PYTHONSAFEPATH=1', *launcher.setup],
             "slurm_teardown": _requeue_on_crash(folder, launcher.max_restarts),
             # One dead rank ends the others, which would wait for it.
-            "slurm_srun_args": ["--kill-on-bad-exit=1", *launcher.srun_args],
-            "slurm_additional_parameters": dict(launcher.sbatch) or None,
+            "slurm_srun_args": [
+                "--kill-on-bad-exit=1",
+                # From 22.05 to 23.02 srun does not inherit it from sbatch.
+                *([f"--cpus-per-task={cpus}"] if cpus is not None else []),
+                *launcher.srun_args,
+            ],
+            "slurm_additional_parameters": options,
             "slurm_signal_delay_s": launcher.signal_delay_s,
         }
         parameters = {key: value for key, value in parameters.items() if value is not None}

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import kill_campaign
 import psutil
 import pytest
 
+from tdkd_dist.config import Config, LauncherConfig
 from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.status import cancel, describe_run
-from tdkd_dist.submission import refuse_if_alive
+from tdkd_dist.submission import make_executor, refuse_if_alive
 from tdkd_dist.tracking import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -166,11 +168,24 @@ def test_a_hundred_members_take_one_call_of_sbatch(sandbox, command, tmp_path):
     assert waiting == ""
 
 
+def test_ranks_are_given_their_gpus_and_their_share_of_the_cpus(sandbox, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
+    gpus = LauncherConfig(gpus_per_node=2, nodes=2, time_min=5, sbatch={"gres": "gpu:2"})
+    one = LauncherConfig(time_min=5)
+    seen = make_executor(Config(launcher=gpus), RunFolder(tmp_path / "a"), "slurm").submit(
+        partial(os.getenv, "CUDA_VISIBLE_DEVICES")
+    )
+    cpus = make_executor(Config(launcher=one), RunFolder(tmp_path / "b"), "slurm").submit(
+        partial(os.getenv, "SLURM_CPUS_PER_TASK")
+    )
+    assert seen.results() == ["0,1"] * 4
+    assert cpus.results() == [str(min(16, os.cpu_count() or 1))]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["launcher.partition=none"], "sbatch: error: invalid partition specified: none"),
-        (["launcher.time_min=9999"], "Requested time limit is invalid (missing or exceeds some limit)"),
         (["launcher.partition=closed", "launcher.account=mine"], "Invalid account or account/partition combination"),
     ],
 )
