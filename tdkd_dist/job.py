@@ -22,6 +22,9 @@ CACHES = {
 }
 """Variables that say where compiled code is kept; some defaults are in the home folder, which clusters share slowly."""
 
+PREEMPTED_FILE = "TDKD_PREEMPTED"
+"""Variable that names the file by which rank 0 tells the batch script that the job ends for no fault of its own."""
+
 
 @dataclass
 class Outcome:
@@ -115,6 +118,8 @@ class _SignalFlags:
         """Let submitit requeue the job from rank 0; the scheduler then ends the others."""
         if environment.rank == 0:
             assert callable(self._submitit_handler)
+            if PREEMPTED_FILE in os.environ:
+                Path(os.environ[PREEMPTED_FILE]).touch()
             self._submitit_handler(signal.SIGUSR2, None)
         elif environment.cluster == "slurm":
             time.sleep(300)

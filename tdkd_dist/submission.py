@@ -13,7 +13,7 @@ from typing import Any
 from tdkd_dist import scheduler, slurm
 from tdkd_dist.config import Config
 from tdkd_dist.follow import CRASHED, Follower
-from tdkd_dist.job import PACKAGE, Job
+from tdkd_dist.job import PACKAGE, PREEMPTED_FILE, Job
 from tdkd_dist.run_folder import RunFolder
 
 
@@ -46,7 +46,11 @@ def make_executor(config: Config, folder: RunFolder, cluster: str, code: Path | 
     import submitit
 
     launcher = config.launcher
-    executor = submitit.AutoExecutor(folder=folder.jobs, cluster=cluster)
+    # Preemptions and time limits are no failures. Unless told otherwise, submitit requeues after no more than three
+    # time-outs, and with a limit of ten minutes or less it takes every preemption for one.
+    executor = submitit.AutoExecutor(
+        folder=folder.jobs, cluster=cluster, slurm_max_num_timeout=sys.maxsize, local_max_num_timeout=sys.maxsize
+    )
     parameters: dict[str, Any] = {
         "name": config.run.name,
         "nodes": launcher.nodes,
@@ -67,8 +71,12 @@ def make_executor(config: Config, folder: RunFolder, cluster: str, code: Path | 
             "slurm_account": launcher.account,
             "slurm_qos": launcher.qos,
             "slurm_constraint": launcher.constraint,
-            "slurm_setup": [f'export PYTHONPATH="{code}:$PYTHONPATH" PYTHONSAFEPATH=1', *launcher.setup],
-            "slurm_teardown": _requeue_on_crash(folder, launcher.max_restarts),
+            "slurm_setup": [
+                f'export PYTHONPATH="{code}:$PYTHONPATH" PYTHONSAFEPATH=1',
+                *_count_from(folder),
+                *launcher.setup,
+            ],
+            "slurm_teardown": _requeue(launcher.max_restarts),
             # One dead rank ends the others, which would wait for it.
             "slurm_srun_args": [
                 "--kill-on-bad-exit=1",
@@ -174,17 +182,33 @@ def _restarts(folder: RunFolder) -> Path:
     return folder.jobs.absolute() / "restarts"
 
 
-def _requeue_on_crash(folder: RunFolder, max_restarts: int) -> list[str]:
-    """Lines for the end of the batch script: nobody else requeues a job that crashed."""
+def _count_from(folder: RunFolder) -> list[str]:
+    """Lines for the start of the batch script: where restarts are counted, and where a rank says it is no crash."""
+    return [
+        "tdkd_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}",
+        "tdkd_job=${tdkd_job:-$SLURM_JOB_ID}",
+        f'tdkd_count="{_restarts(folder)}/$tdkd_job"',
+        f'export {PREEMPTED_FILE}="$tdkd_count.preempted"',
+        f'mkdir -p "$(dirname "$tdkd_count")" && rm -f "${PREEMPTED_FILE}"',
+    ]
+
+
+def _requeue(max_restarts: int) -> list[str]:
+    """Lines for the end of the batch script: nobody else requeues a job that crashed, which alone counts.
+
+    Nor one that was preempted with a period of grace, and used it to save and end: Slurm calls that failed.
+    """
     return [
         "status=$?",
-        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}",
-        "job=${job:-$SLURM_JOB_ID}",
-        f'count="{_restarts(folder)}/$job"',
-        f'if [ $status -ne 0 ] && [ "$(cat "$count" 2>/dev/null || echo 0)" -lt {max_restarts} ]; then',
-        '    mkdir -p "$(dirname "$count")" && echo $(($(cat "$count" 2>/dev/null || echo 0) + 1)) >"$count"',
-        '    scontrol requeue "$job" && sleep 60',
+        "again=no",
+        "if [ $status -ne 0 ]; then",
+        f'    if [ -e "${PREEMPTED_FILE}" ] || scontrol -o show job "$tdkd_job" | grep -q " PreemptTime=[0-9]"; then',
+        "        again=yes",
+        f'    elif [ "$(cat "$tdkd_count" 2>/dev/null || echo 0)" -lt {max_restarts} ]; then',
+        '        again=yes && echo $(($(cat "$tdkd_count" 2>/dev/null || echo 0) + 1)) >"$tdkd_count"',
+        "    fi",
         "fi",
+        '[ $again = no ] || { scontrol requeue "$tdkd_job" && sleep 60; }',
         "exit $status",
     ]
 

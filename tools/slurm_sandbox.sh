@@ -50,7 +50,7 @@ SlurmctldPort=16817
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
-AuthInfo=socket=$home/munge/socket,cred_expire=10
+AuthInfo=socket=$home/munge/socket,cred_expire=5
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -63,6 +63,7 @@ StateSaveLocation=$home/state
 SlurmctldLogFile=$home/log/slurmctld.log
 SlurmdLogFile=$home/log/slurmd-%n.log
 SlurmdTimeout=15
+SchedulerParameters=sched_interval=3,bf_interval=3
 MpiDefault=none
 ReturnToService=2
 EnforcePartLimits=NO

@@ -118,6 +118,33 @@ def test_a_run_requeued_cancelled_and_crashed_ends_as_the_uninterrupted_one(sand
     assert [row["epoch"] for row in read_rows(hurt.metrics_file) if "val/top1_t1" in row] == [*range(1, EPOCHS + 1)]
 
 
+def test_preemptions_and_time_outs_do_not_count(sandbox, command, tmp_path, monkeypatch):
+    """More of both than submitit's three, under a limit so short that it takes every preemption for a time-out."""
+    monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
+    folder = RunFolder(tmp_path / "cut")
+    options = ["launcher.nodes=1", "launcher.partition=low", "launcher.time_min=10", "launcher.max_restarts=1",
+               "data.format=imagefolder", "train.epochs=60", "eval.every=60", f"run.dir={folder.path}"]  # fmt: skip
+    tree = Path(next(a for a in command if a.startswith("data.train=")).removeprefix("data.train=")).parent / "tree"
+    process = start(sandbox, *command, f"data.train={tree}", f"data.val={tree}", *options)
+    wait_for(lambda: folder.metrics_file.exists() and read_rows(folder.metrics_file), "the first step")
+    job = folder.read_job()
+    assert job is not None
+    for cut in range(1, 6):
+        if cut == 3:  # the scheduler preempts it, and sends TERM
+            higher = ["sbatch", "--partition=main", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+            subprocess.run(higher, env=sandbox, check=True, capture_output=True)
+        else:
+            subprocess.run(["scancel", "--signal=USR2", job["job_id"]], env=sandbox, check=True)
+        wait_for(
+            lambda: process.poll() is not None or folder.log_file.read_text().count("resumed after epoch") == cut,  # noqa: B023
+            f"the job after cut {cut}",
+        )
+        assert process.poll() is None, finish(process)
+    code, said = finish(process)
+    assert code == 0, said
+    assert "restarts after a crash" not in describe_run(folder)
+
+
 @pytest.mark.timeout(2400)
 def test_three_kills_leave_no_trace(sandbox, tmp_path, monkeypatch):
     """CI's share of tools/kill_campaign.py: a rank, all ranks and a node's daemon, at random moments of one run."""
