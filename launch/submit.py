@@ -138,8 +138,11 @@ def run_sweep(configs: "list[Config]") -> int:
     for folder, config in ((RunFolder(config.run.folder), config) for config in configs):
         if folder.config_file.exists():
             folder.check_same(config)
-    weights = [preflight.check(config, cluster=cluster).teacher_weights for config in configs]
+    found = [preflight.check(config, cluster=cluster) for config in configs]
+    weights = [findings.teacher_weights for findings in found]
     if cluster == "slurm":
+        for line in found[0].advice:
+            print(f"note: {line}", flush=True)
         outcomes = run_array(configs, weights)
     else:
         outcomes = {}

@@ -15,6 +15,33 @@ MOST_CPUS = 16
 """CPUs that a rank is given at most unless `launcher.cpus_per_task` says otherwise: loading needs no more."""
 GB_PER_RANK = 8
 """Memory under which a rank may well be killed: its libraries, CUDA and the loader's buffers."""
+NEVER = "it can never start as it is; cancel it and "
+REASONS = (
+    (r"PartitionTimeLimit|\w+MaxWallDurationPerJob\w*", NEVER + "set a smaller launcher.time_min"),
+    (r"PartitionNodeLimit|\w+MaxNodePerJob\w*", NEVER + "set fewer launcher.nodes, unless nodes are down (sinfo)"),
+    (
+        r"PartitionConfig|MaxMemPerLimit|(QOS|Assoc)Max\w+Per(Job|Node)\w*",
+        NEVER + "ask for less: launcher.nodes, launcher.gpus_per_node, launcher.cpus_per_task, launcher.mem_gb",
+    ),
+    (r"BadConstraints", NEVER + "change launcher.constraint: no nodes are so"),
+    (r"AccountNotAllowed|InvalidAccount|Job's account not .*", NEVER + "change launcher.account"),
+    (r"InvalidQOS|QOSNotAllowed|Job's QOS not .*", NEVER + "change launcher.qos"),
+    (r"DependencyNeverSatisfied", NEVER + "change launcher.sbatch.dependency"),
+    (r"InvalidReservation|ReservationDeleted", NEVER + "change launcher.sbatch.reservation"),
+    (r"Partition(Down|Inactive)", "the partition takes no jobs now; launcher.partition may name another"),
+    (
+        r"ReqNodeNotAvail.*|ReqNodeNotAvailable.*",
+        "nodes are down or reserved, for maintenance perhaps: a smaller launcher.time_min may fit before that",
+    ),
+    (r"(QOS|Assoc)Grp.*", "what your account may use is in use, or less than this job asks for"),
+    (r"JobHeld.*|JobHold.*|.*held.*", "it is held: see `scontrol show job`, then `scontrol release`"),
+)
+"""Why a job waits, in Slurm's words, and what that means; whatever isn't here passes by itself."""
+ENDS = {
+    "OUT_OF_MEMORY": "a rank needed more memory than the job was given: set launcher.mem_gb",
+    "TIMEOUT": "the time limit came before a checkpoint was saved: set a larger launcher.signal_delay_s",
+    "NODE_FAIL": "a node failed; launcher.max_restarts starts the job again",
+}
 GPU_OPTIONS = ("gres", "gpus", "gpus_per_node", "gpus_per_task")
 
 
@@ -124,6 +151,17 @@ def advice(launcher: LauncherConfig, found: list[Partition]) -> list[str]:
         if partition.state != "UP":
             lines.append(f"partition {partition.name} is {partition.state}: the job waits until that changes")
     return lines
+
+
+def explain(reason: str) -> str | None:
+    """What it means that Slurm gives `reason` for a job that waits; None if it is only waiting for its turn."""
+    return next((f"{reason}: {meaning}" for pattern, meaning in REASONS if re.fullmatch(pattern, reason)), None)
+
+
+def how_it_ended(job_id: str) -> str | None:
+    """What Slurm says of the end of a job, where that tells more than its ranks can."""
+    state = _facts(_ask("scontrol", "-o", "show", "job", job_id)).get("JobState", "")
+    return f"{state}: {ENDS[state]}" if state in ENDS else None
 
 
 def _misfit(launcher: LauncherConfig, partition: Partition) -> str | None:

@@ -122,6 +122,52 @@ def test_what_had_better_be_set():
     assert "partition short is DRAIN" in advice(partition="short", time_min=20)
 
 
+@pytest.mark.parametrize(
+    ("reason", "key"),
+    [
+        ("PartitionTimeLimit", "launcher.time_min"),
+        ("QOSMaxWallDurationPerJobLimit", "launcher.time_min"),
+        ("PartitionNodeLimit", "launcher.nodes"),
+        ("AssocMaxNodePerJobLimit", "launcher.nodes"),
+        ("PartitionConfig", "launcher.mem_gb"),
+        ("QOSMaxGRESPerJob", "launcher.gpus_per_node"),
+        ("QOSMaxCpuPerNode", "launcher.cpus_per_task"),
+        ("BadConstraints", "launcher.constraint"),
+        ("AccountNotAllowed", "launcher.account"),
+        ("InvalidQOS", "launcher.qos"),
+        ("Job's account not known, so it can't use this partition (closed allows nobody)", "launcher.account"),
+        ("Job's QOS not permitted to use this partition (gpu allows long not normal)", "launcher.qos"),
+        ("ReqNodeNotAvail, UnavailableNodes:g[1-2]", "launcher.time_min"),
+        ("ReqNodeNotAvail, Reserved for maintenance", "launcher.time_min"),
+        ("AssocGrpGRES", "account"),
+        ("launch failed requeued held", "scontrol release"),
+        ("JobHeldUser", "scontrol release"),
+    ],
+)
+def test_slurms_reason_for_waiting_is_told_with_what_to_change(reason, key):
+    said = slurm.explain(reason)
+    assert said is not None
+    assert said.startswith(f"{reason}: ")
+    assert key in said
+
+
+@pytest.mark.parametrize(
+    "reason", ["Resources", "Priority", "BeginTime", "None", "QOSMaxJobsPerUserLimit", "Dependency"]
+)
+def test_a_job_that_only_waits_for_its_turn_needs_no_words(reason):
+    assert slurm.explain(reason) is None
+
+
+@pytest.mark.parametrize(
+    ("state", "key"),
+    [("OUT_OF_MEMORY", "launcher.mem_gb"), ("TIMEOUT", "launcher.signal_delay_s"), ("FAILED", None), ("", None)],
+)
+def test_slurms_word_for_a_jobs_end_is_told_where_it_says_more(tmp_path, state, key):
+    (tmp_path / "7").write_text(f"JobId=7 JobName=x JobState={state} Reason=None\n")
+    said = slurm.how_it_ended("7")
+    assert said is None if key is None else said is not None and key in said
+
+
 def test_a_cluster_without_slurms_programs_tells_nothing(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert slurm.partitions(launcher()) == []

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tdkd_dist.config import Config, LauncherConfig
+from tdkd_dist.follow import QUEUE_POLL_S
 from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.status import cancel, describe_run
 from tdkd_dist.submission import make_executor, refuse_if_alive
@@ -213,7 +214,7 @@ def test_ranks_are_given_their_gpus_and_their_share_of_the_cpus(sandbox, tmp_pat
     ("options", "words"),
     [
         (["launcher.partition=none"], "sbatch: error: invalid partition specified: none"),
-        (["launcher.partition=closed", "launcher.account=mine"], "Invalid account or account/partition combination"),
+        (["launcher.constraint=h100"], "Invalid feature specification"),
     ],
 )
 def test_slurms_own_words_reach_the_user(sandbox, command, tmp_path, options, words):
@@ -221,6 +222,55 @@ def test_slurms_own_words_reach_the_user(sandbox, command, tmp_path, options, wo
     assert code == 2
     assert "error: Slurm refused the job: sbatch: error: " in said
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("launcher.time_min=9999", "launcher.time_min=9999: partition main allows 1440; set launcher.time_min=1440"),
+        ("launcher.nodes=4", "launcher.nodes=4: partition main has 2"),
+    ],
+)
+def test_a_job_that_could_never_start_is_not_submitted(sandbox, command, tmp_path, option, words):
+    code, said = finish(start(sandbox, *command, f"run.dir={tmp_path}/x", option))
+    assert code == 2
+    (line,) = said.splitlines()
+    assert line.startswith(f"error: {words}")
+    assert line.endswith("Slurm could never start this job")
+    assert not (tmp_path / "x").exists()
+    code, said = finish(start(sandbox, *command, "--dry-run", option, "launcher.network_interface=null"))
+    assert code == 0
+    assert f"note: Slurm could never start this job: {words}" in said
+    assert "note: launcher.network_interface is not set" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "mend"),
+    [
+        (
+            ["launcher.sbatch.time=2-00:00:00"],
+            "PartitionTimeLimit: it can never start as it is; cancel it and set a smaller launcher.time_min",
+        ),
+        (
+            ["launcher.partition=closed", "launcher.account=mine"],
+            "Job's account not known, so it can't use this partition (closed allows nobody): it can never start as it"
+            " is; cancel it and change launcher.account",
+        ),
+    ],
+)
+def test_a_job_that_waits_in_vain_says_why_and_what_to_change(sandbox, command, tmp_path, monkeypatch, options, mend):
+    monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
+    folder = RunFolder(tmp_path / "x")
+    # Slurm takes it: by default it enforces no limit of a partition at submission.
+    process = start(sandbox, *command, f"run.dir={folder.path}", *options)
+    wait_for(lambda: folder.read_job() is not None and mend in describe_run(folder), "Slurm's reason")
+    time.sleep(2 * QUEUE_POLL_S)
+    process.send_signal(signal.SIGINT)
+    code, said = finish(process)
+    assert code == 130, said
+    job = folder.read_job()
+    assert job is not None
+    assert said.count(f"job {job['job_id']} waits, {mend}") == 1
 
 
 def test_the_batch_script_is_shown_without_leaving_anything(sandbox, command, tmp_path):
