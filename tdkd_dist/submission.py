@@ -161,7 +161,7 @@ def _submitted(executor: Any, jobs: list[Job]) -> list[Any]:
     from submitit.core.utils import FailedJobError
 
     try:
-        with _ignoring(signal.SIGINT):
+        with _ignoring(signal.SIGINT), _outside_any_job():
             if len(jobs) == 1:
                 return [executor.submit(jobs[0])]
             with executor.batch():
@@ -221,3 +221,18 @@ def _ignoring(number: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, previous)
+
+
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Without the variables of a job that we are run in: sbatch would hand them on, and srun obeys them.
+
+    submitit's `clean_env` takes SLURM_CONF and the user's defaults for sbatch too.
+    """
+    inside = "SLURM_JOB_ID" in os.environ
+    names = [n for n in os.environ if inside and n.startswith(("SLURM_", "SRUN_")) and n != "SLURM_CONF"]
+    taken = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)

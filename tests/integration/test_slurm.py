@@ -19,7 +19,7 @@ from tdkd_dist.config import Config, LauncherConfig
 from tdkd_dist.follow import QUEUE_POLL_S
 from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.status import cancel, describe_run
-from tdkd_dist.submission import make_executor, refuse_if_alive
+from tdkd_dist.submission import _submitted, make_executor, refuse_if_alive
 from tdkd_dist.tracking import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -198,14 +198,18 @@ def test_a_hundred_members_take_one_call_of_sbatch(sandbox, command, tmp_path):
 
 def test_ranks_are_given_their_gpus_and_their_share_of_the_cpus(sandbox, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
+    # As in an interactive job of one GPU a task.
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+
+    def submit(name: str, launcher: LauncherConfig, variable: str):
+        executor = make_executor(Config(launcher=launcher), RunFolder(tmp_path / name), "slurm")
+        return _submitted(executor, [partial(os.getenv, variable)])[0]
+
     gpus = LauncherConfig(gpus_per_node=2, nodes=2, time_min=5, sbatch={"gres": "gpu:2"})
-    one = LauncherConfig(time_min=5)
-    seen = make_executor(Config(launcher=gpus), RunFolder(tmp_path / "a"), "slurm").submit(
-        partial(os.getenv, "CUDA_VISIBLE_DEVICES")
-    )
-    cpus = make_executor(Config(launcher=one), RunFolder(tmp_path / "b"), "slurm").submit(
-        partial(os.getenv, "SLURM_CPUS_PER_TASK")
-    )
+    seen = submit("gpus", gpus, "CUDA_VISIBLE_DEVICES")
+    cpus = submit("cpus", LauncherConfig(time_min=5), "SLURM_CPUS_PER_TASK")
+    assert os.environ["SLURM_GPUS_PER_TASK"] == "1"
     assert seen.results() == ["0,1"] * 4
     assert cpus.results() == [str(min(16, os.cpu_count() or 1))]
 
