@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +99,28 @@ def from_rank_0(value: str | None) -> str | None:
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0, group=_control)
     return box[0]
+
+
+def cores_per_rank() -> int:
+    """How many cores this rank has to itself, at least 1; every rank must call it.
+
+    Where Slurm binds its tasks, a rank's affinity is its own share already; elsewhere all ranks of a machine see the
+    same cores. So a core counts as one, divided by the ranks of its machine that may use it. Slurm's allocation
+    bounds it too: without a task plugin the affinity shows a whole node to a job that was given a few of its cores.
+    """
+    mine = os.sched_getaffinity(0)
+    neighbours = [cores for machine, cores in from_every_rank((_machine(), mine)) if machine == _machine()]
+    share = sum(1 / sum(core in cores for cores in neighbours) for core in mine)
+    given = int(os.environ.get("SLURM_CPUS_ON_NODE", len(mine) * len(neighbours)))
+    return max(1, min(int(share + 1e-6), given // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _machine() -> str:
+    """What ranks on one machine have in common: containers may all have the same host name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return socket.gethostname()
 
 
 def barrier() -> None:

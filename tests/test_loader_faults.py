@@ -1,6 +1,5 @@
 """What goes wrong with a set, a sample or a thread, and what loading needs of the machine."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from tdkd_dist.data import layout, staging
 from tdkd_dist.data.beton import WriteOptions, check_beton, write
 from tdkd_dist.data.loaders import (
     Reader,
-    default_workers,
     make_train_loader,
     make_val_loader,
 )
@@ -221,16 +219,6 @@ except ValueError as error:
     lines = done.stdout.splitlines()
     assert lines[0] == "3"
     assert "data.format=imagefolder" in lines[1]
-
-
-def test_workers_follow_the_affinity() -> None:
-    cores = os.sched_getaffinity(0)
-    assert default_workers(1) == len(cores)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        assert default_workers(1) == default_workers(4) == 1
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def test_the_folder_reader_reads_any_source(folder: Path) -> None:

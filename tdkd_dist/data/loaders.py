@@ -6,7 +6,6 @@ ranks see exactly the micro-batches that one rank with twice the accumulation se
 (seed, epoch, sample index), see `crops`.
 """
 
-import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -189,11 +188,6 @@ def make_val_loader(
     rule = CropRule(data.image_size, "center", crop_pct=data.crop_pct)
     reader, num_samples, num_classes = _open("val", data, rule, batch_size, device, workers, beat)
     return ValLoader(reader, num_samples, num_classes, rank=rank, world_size=world_size)
-
-
-def default_workers(ranks_on_node: int) -> int:
-    """Loader threads of one rank: its share of the cores that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
 
 
 def _open(
