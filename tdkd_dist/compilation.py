@@ -1,11 +1,18 @@
 """Whether and how a network in training is compiled."""
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 from torch import nn
 
 from tdkd_dist.config import TrainConfig
 
+VERSIONS = 64
+"""Image sizes, batch sizes and numbers of timesteps, in training and in validation, that a network is compiled for.
+
+Dynamo's limit is 8, beyond which it silently runs eager: a run whose crops grow over four sizes while T is drawn from 1
+to 6 has 24. All are static: code for any size takes many times as long to compile (docs/dependencies.md).
+"""
 PAYS_AFTER = 500
 """Optimiser steps below which `train.compile=auto` doesn't compile: a cold compilation takes a minute or more."""
 
@@ -27,4 +34,5 @@ def compile_training(net: nn.Module, activation_budget: float = 1.0) -> None:
     spikes follow from it. It holds for the whole process.
     """
     torch._functorch.config.activation_memory_budget = activation_budget
-    net.compile()
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, VERSIONS)
+    net.compile(dynamic=False)

@@ -289,7 +289,7 @@ class LauncherConfig:
     tasks_per_node: int | None = None
     """Ranks a node; None: one a GPU, or one."""
     cpus_per_task: int | None = None
-    """None: on this machine an equal share of its cores, on Slurm the cluster's default."""
+    """None: an equal share of this machine's cores; on Slurm that of its GPUs in a node's CPUs, 16 at most."""
     time_min: int = 7 * 24 * 60
     """Time limit of one job, in minutes."""
     partition: str | None = None

@@ -6,7 +6,7 @@ The only file that knows DeepSpeed. Its launcher is not used: the process group 
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -139,16 +139,15 @@ class Engine:
 
     def remember_buffers(self) -> None:
         """Keep this rank's batch-norm statistics, so that `recall_buffers` can undo a batch that spoilt them."""
-        buffers = list(self.student.buffers())
         if self._remembered is None:
-            self._remembered = [buffer.clone() for buffer in buffers]
+            self._remembered = [buffer.clone() for buffer in self.student.buffers()]
         else:
-            torch._foreach_copy_(self._remembered, buffers)
+            _copy_by_type(self._remembered, self.student.buffers())
 
     def recall_buffers(self) -> None:
         """Put back what `remember_buffers` kept."""
         assert self._remembered is not None
-        torch._foreach_copy_(list(self.student.buffers()), self._remembered)
+        _copy_by_type(list(self.student.buffers()), self._remembered)
 
     def sync_buffers(self) -> None:
         """Average the batch-norm statistics over ranks: DeepSpeed never does, and what is saved must be one network."""
@@ -215,6 +214,17 @@ def _deepspeed_config(config: Config, *, autocast: bool) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 10**9,
     }
+
+
+def _copy_by_type(destinations: list[Tensor], sources: Iterable[Tensor]) -> None:
+    """One kernel for each type: of mixed types (counts beside statistics) torch makes one a tensor."""
+    by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for destination, source in zip(destinations, sources, strict=True):
+        pair = by_type.setdefault(destination.dtype, ([], []))
+        pair[0].append(destination)
+        pair[1].append(source)
+    for pair in by_type.values():
+        torch._foreach_copy_(*pair)
 
 
 class _FailuresOf:

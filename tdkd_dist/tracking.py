@@ -37,11 +37,13 @@ class Log:
             append_text(self._path, text.rstrip("\n") + "\n")
 
     def take_over_logging(self) -> None:
-        """Make the package's own `logging` messages, from INFO on, lines of this log."""
+        """Make the package's own `logging` messages, from INFO on, lines of this log; and Dynamo's one that counts."""
         logger = logging.getLogger("tdkd_dist")
         logger.handlers = [_SayHandler(self)]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+        dynamo = logging.getLogger("torch._dynamo.convert_frame")
+        dynamo.handlers = [h for h in dynamo.handlers if not isinstance(h, _FallBackHandler)] + [_FallBackHandler(self)]
 
 
 class _SayHandler(logging.Handler):
@@ -51,6 +53,18 @@ class _SayHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._log.say(record.getMessage())
+
+
+class _FallBackHandler(_SayHandler):
+    """Says once that a network runs uncompiled: Dynamo gives up on its own, and training would just be slower."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "torch._dynamo hit config" in record.msg:
+            self._log.say(
+                "warning: compiled for as many image sizes, batch sizes and numbers of timesteps as allowed; what comes"
+                " now runs uncompiled, at less than full speed (compilation.VERSIONS is the limit)"
+            )
+            logging.getLogger("torch._dynamo.convert_frame").removeHandler(self)
 
 
 class TrainMeter:

@@ -4,6 +4,7 @@ Only the interpolation differs: Pillow's bilinear with antialiasing here, OpenCV
 Shapes: B pictures, H x W pixels, P columns of a plan.
 """
 
+import signal
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ from tdkd_dist.data.sources import Image, Source
 
 STALL_SECONDS = 600
 """Longest wait for a batch from a process that still lives."""
+
+LINGER_SECONDS = 120
+"""How long a process goes on after it was asked to end."""
 
 Item = tuple[int, int]
 """(epoch, index): what the sampler hands to the processes, which outlive an epoch."""
@@ -49,6 +53,7 @@ class FolderReader:
             pin_memory=device.type == "cuda",
             persistent_workers=True,
             timeout=STALL_SECONDS,
+            worker_init_fn=_outlive_signals,
         )
 
     def batches(self, order: Ints, epoch: int) -> Generator[Batch]:
@@ -74,6 +79,14 @@ class FolderReader:
         if iterator is not None:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._loader._iterator = None
+
+
+def _outlive_signals(worker: int) -> None:
+    """Slurm signals all processes of a rank, which still needs this one until it has saved and ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # torch's own handler ends the process, and the rank with it. Not ignored: one that hangs is ended by TERM.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LINGER_SECONDS))
 
 
 class _Sampler(Sampler[list[Item]]):

@@ -1,10 +1,12 @@
 """The trainer's loop in this process: real betons, loader, engine and record."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from numbered import CPU
 from pictures import picture
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdkd_dist import distributed
 from tdkd_dist.config import Config
@@ -16,7 +18,7 @@ from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.tracking import read_rows
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # DeepSpeed keeps the first group it sees
 def group():
     distributed.start_here(0, 1, distributed.free_port(), CPU)
     yield
@@ -87,3 +89,56 @@ def test_recorded_losses_are_those_of_the_batch_they_were_computed_from(group, s
     for row in rows:
         assert row["train/loss_t2"] == pytest.approx(row["train/ce"], rel=1e-5)
     assert len({row["train/ce"] for row in rows}) == 4
+
+
+class Waits(TorchDispatchMode):
+    """Counts, by the heartbeat's phase, the operations for which the host would wait on a GPU."""
+
+    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.masked_select", "aten.equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self.phase = ""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if str(function).startswith(self.WAITING):
+            self.seen[self.phase] += 1
+        return function(*arguments, **keywords or {})
+
+
+def test_the_host_waits_for_nothing_between_micro_batches(group, small_beton, tmp_path, monkeypatch):
+    """Only when all ranks agree on the step, and when a row is due."""
+    waits = Waits()
+
+    def beat(self: Heartbeat, phase: str, step: int) -> None:
+        waits.phase = phase
+        real(self, phase, step)
+
+    real = Heartbeat.beat
+    monkeypatch.setattr(Heartbeat, "beat", beat)
+    config = small_config(
+        small_beton,
+        tmp_path / "run",
+        "train.batch_size=48",
+        "train.micro_batch=12",
+        "train.max_steps=3",
+        "train.random_timesteps=true",
+        "train.ema_decay=0.9",
+        "data.mixup=0.2",
+        "data.color_jitter=0.3",
+        "loss.alpha=0.2",
+        "loss.self_target=correct_only",
+        "loss.consistency=0.3",
+        "teacher.name=resnet10t",
+        "teacher.checkpoint=null",
+        "teacher.pretrained=false",
+        "teacher.min_top1=0",
+        "optim.schedule_on=step",
+    )
+    with waits:
+        rows = train(config)
+    assert len(rows) == 3
+    assert waits.seen.pop("agreeing") >= 3
+    assert waits.seen.pop("validating") > 0
+    assert set(waits.seen) <= {"opening data", "building networks", "restoring", "starting W&B", "saving"}, waits.seen
