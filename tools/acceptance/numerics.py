@@ -109,7 +109,8 @@ def largest_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def teacher(scale: Scale) -> Found:
     """How far each way to run the teacher is from eager fp32 without TF32, and what it takes.
 
-    Errors are those of the logits: root mean square of the difference over that of the logits.
+    Errors are those of the logits: root mean square of the difference over that of the logits. "Folded" is what a run
+    has, `compile_folded`, whose policy it is whether batch norms are folded under autocast; "compiled" never folds.
     """
     torch.backends.cudnn.allow_tf32 = False
     found, size = Found(), scale.whole
@@ -139,7 +140,6 @@ def teacher(scale: Scale) -> Found:
     error = float(found.figures["bf16 folded: error"])
     found.figures["bf16 error, folded / plain"] = error / float(found.figures["bf16: error"])
     found.at_most("fp32 folded: error", 1e-4)
-    found.at_most("bf16 folded: error", 0.1)
     found.at_most("bf16 error, folded / plain", 2.0)
     return found
 
