@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tdkd_dist.batch_norm import batch_norm_repeated
+from tdkd_dist import batch_norm  # the module: it imports timm, which may be what imports us
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 
 Block = Callable[[int, int, int, float], "ResidualBlock"]
@@ -156,7 +156,7 @@ class SpikingNet(nn.Module):
             x = self.bn1(self.conv1(x.flatten(0, 1)))
             x = self.maxpool(x if self.sn1 is None else self.sn1(x))
         elif x.ndim == 4:
-            x = batch_norm_repeated(self.bn1, self.conv1(x), T)
+            x = batch_norm.batch_norm_repeated(self.bn1, self.conv1(x), T)
             # Unlike repeat, cat keeps channels_last.
             x = torch.cat([self.maxpool(x)] * T) if self.sn1 is None else self.maxpool(self.sn1(x, constant=True))
         else:
