@@ -1,6 +1,5 @@
 """Steps: that the engine takes them compiled, and how long they are beside a plain ResNet's and others'."""
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -103,16 +102,12 @@ def resnet(scale: Scale) -> Found:
 def others(scale: Scale) -> Found:
     """spikingjelly's step and one as research code has it, beside ours."""
     scale.spare_code_generation()
-    variants = {"full": "", "loop": ""}
-    here = importlib.util.find_spec("spikingjelly") is not None
-    if here:
-        variants |= {"student": "", "spikingjelly": "compiled channels_last" if scale.on_gpu else "eager channels_last"}
+    variants = {"full": "", "loop": "", "student": ""}
+    variants["spikingjelly"] = "compiled channels_last" if scale.on_gpu else "eager channels_last"
     found, seconds = _compete(scale, variants, compiled=scale.on_gpu)
     for theirs, ours in THEIRS.items():
         if theirs in seconds:
             found.figures[f"{theirs} / {ours}"] = _ratio(seconds[theirs], seconds[ours])
-    if not here:
-        found.figures["spikingjelly"] = "skipped: no spikingjelly"
     return found
 
 
@@ -121,15 +116,16 @@ def _compete(scale: Scale, variants: dict[str, str], *, compiled: bool) -> tuple
     found, steps = Found(), {}
     for name, variant in variants.items():
         options = scale.options(scale.plain, variant, compiled=compiled)
-        step, (x_BCHW, labels_B) = CONTESTANTS[name](options), inputs(name, options)
-        call = _bound(step, x_BCHW, labels_B)
         try:
+            step, (x_BCHW, labels_B) = CONTESTANTS[name](options), inputs(name, options)
+            call = _bound(step, x_BCHW, labels_B)
             for _ in range(3):
                 call()
         except Exception as error:
             if name not in THEIRS:
                 raise
-            found.figures[name] = f"failed: {type(error).__name__}"
+            why = f"skipped: no {error.name}" if isinstance(error, ImportError) else f"failed: {type(error).__name__}"
+            found.figures[name] = why
             continue
         steps[name] = call
     seconds = _in_turns(scale, steps)
