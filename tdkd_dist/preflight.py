@@ -8,6 +8,7 @@ import timm.optim
 import torch
 
 from tdkd_dist import slurm
+from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.config import Config, require
 from tdkd_dist.data.beton import check_beton
 from tdkd_dist.data.loaders import count_classes, open_pictures
@@ -128,6 +129,8 @@ def _check_student(config: Config, found: Findings, dry_run: bool) -> None:
     checkpoint = config.student.checkpoint
     if checkpoint is not None and _is_here(checkpoint, "student.checkpoint", found, dry_run):
         load_weights(student, checkpoint, "student.checkpoint")
+    if config.train.epochs > 0 and config.train.sync_bn and config.launcher.world_size > 1:
+        synchronise(student)
 
 
 def _check_teacher(config: Config, found: Findings, dry_run: bool) -> None:
