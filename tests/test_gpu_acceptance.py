@@ -42,6 +42,7 @@ def dies(scale):
 
 
 def hangs(scale):
+    Found({"first": 1}).tell()
     if os.fork() == 0:  # nor does a process that a check started outlive it
         time.sleep(60)
     time.sleep(60)
@@ -94,12 +95,14 @@ def test_a_check_that_misses_fails_dies_or_hangs_leaves_the_others_and_is_told(p
     assert rows["dies"]["error"] == "ended with exit status 139: Segmentation fault"
     assert rows["hangs"]["error"] == "not done after 3 s"
     assert rows["hangs"]["seconds"] < 10
+    assert rows["hangs"]["figures"] == {"first": 1}
     table = (program.parent / "gpu.md").read_text()
     assert table in done.stdout
     assert "| good | ok | 0 | ms 2; idle share 0.5 |" in table
     assert "ms at most 3: met; idle share at most 0.03: missed, not enforced here |" in table
     assert "| ratio 1.2 | ratio at most 1.1: missed |" in table
     assert "| RuntimeError: out of / memory | - |" in table
+    assert "| not done after 3 s; first 1 | - |" in table
 
 
 def test_all_bounds_met_is_status_0_and_figures_are_written(program):

@@ -59,7 +59,7 @@ CHECKS: dict[str, Check] = {
     "teacher": Check("acceptance.numerics:teacher", 75),
     "shapes": Check("acceptance.loop:shapes", 60),
     "restore": Check("acceptance.loop:restore", 60),
-    "recipes": Check("acceptance.capacity:recipes", 90),
+    "recipes": Check("acceptance.capacity:recipes", 120),
     "validation": Check("acceptance.capacity:validation", 75),
     "others": Check("acceptance.steps:others", 150),
 }
@@ -180,14 +180,16 @@ class Worker:
             self.go()
         try:
             told, _ = self._process.communicate(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            told = ""
+        except subprocess.TimeoutExpired as error:
+            told = (error.stdout or b"").decode()  # bytes, whatever the pipe was opened as
             row["error"] = f"not done after {limit_s:.0f} s"
         row["seconds"] = self._elapsed
-        answers = [line for line in told.splitlines() if line.startswith("answer ")]
+        answers = [
+            line for line in told.splitlines(keepends=True) if line.startswith("answer ") and line.endswith("\n")
+        ]
         if answers:
             row |= json.loads(answers[-1].removeprefix("answer "))
-        elif "error" not in row:
+        if row["status"] == "failed" and "error" not in row:
             row["error"] = f"ended with exit status {self._process.returncode}: {self._last_words()}"
         if row["status"] == "failed":
             self._said.seek(0)
@@ -295,8 +297,9 @@ def as_markdown(facts: dict[str, str], rows: list[dict[str, Any]], seconds: floa
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        figures = "; ".join(f"{name} {shown(value)}" for name, value in row["figures"].items())
-        cells = [row["check"], row["status"], f"{row['seconds']:.0f}", row.get("error") or figures, bounds_of(row)]
+        figures = [f"{name} {shown(value)}" for name, value in row["figures"].items()]
+        told = "; ".join([row["error"], *figures] if "error" in row else figures)
+        cells = [row["check"], row["status"], f"{row['seconds']:.0f}", told or "-", bounds_of(row)]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -36,6 +36,7 @@ def recipes(scale: Scale) -> Found:
             figure = f"{name} ({config.micro_batch} images), compiled: MiB"
         if scale.on_gpu:
             found.at_most(figure, scale.memory_mib)
+        found.tell()
     return found
 
 

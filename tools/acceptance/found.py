@@ -1,5 +1,6 @@
 """What a check measured, and the bounds that this was held against."""
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -37,6 +38,10 @@ class Found:
         """Note a fact that must be true."""
         self.figures[figure] = "yes" if fact else "no"
         self.bounds.append(Bound(figure, "yes", fact, True))
+
+    def tell(self) -> None:
+        """Print what was found so far, which stands if the check is cut off at its limit."""
+        print("answer", json.dumps(self.as_json()), flush=True)
 
     @property
     def ok(self) -> bool:
