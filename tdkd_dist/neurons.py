@@ -289,8 +289,12 @@ class SpikingNeuron(nn.Module):
 
     def _step(self, x: Tensor, m: Tensor | None, decay: float | Tensor) -> tuple[Tensor, Tensor]:
         k = self._dynamics
-        m = torch.zeros_like(x, dtype=_state_dtype(x)) if m is None else m
-        h = _charge(x, m, decay)
+        if m is None and isinstance(decay, Tensor) and self.num_timesteps == 1:
+            m = torch.zeros_like(x, dtype=_state_dtype(x))  # so that the decay gets its gradient, 0
+        # No membrane of zeros elsewhere: Inductor makes all layers of a shape share it, and its partitioner then keeps
+        # what they compute from it, taking the first layer and the last for too far apart to compute it again. The view
+        # has the gradient of h added up before x takes it, in the order of the other steps.
+        h = x.view_as(x).to(_state_dtype(x)) if m is None else _charge(x, m, decay)
         s = _Spike.apply(h, k.gap, k.surrogate, k.alpha)
         return s.to(x.dtype), _reset(h, s.detach() if k.detach_reset else s, k.drop)
 
