@@ -7,6 +7,7 @@ import torch._inductor.config
 from torch import nn
 
 from tdkd_dist.config import TrainConfig
+from tdkd_dist.neurons import SpikingNeuron
 
 VERSIONS = 64
 """Image sizes, batch sizes and numbers of timesteps, in training and in validation, that a network is compiled for.
@@ -33,15 +34,19 @@ def compiles(train: TrainConfig, steps_per_epoch: int, device: torch.device) -> 
     return device.type == "cuda" and steps >= PAYS_AFTER
 
 
-def compile_training(net: nn.Module, activation_budget: float = 1.0) -> None:
-    """Compile `net` in place for training.
+def compile_training(net: nn.Module, activation_budget: float = 1.0, device: torch.device | None = None) -> None:
+    """Compile `net` in place for training on `device`; None: where it is.
 
     `activation_budget`: the share of the activations which its compiled backward pass would like to have kept that may
     be kept; what is cheapest to compute again is dropped first (Chen et al., 2016, automated by AOTAutograd's
     partitioner). In a spiking ResNet that is every spike: batch norm needs the convolution's output anyway, and the
     spikes follow from it. It holds for the whole process; `KERNELS`, for this network's forward and backward pass.
     """
+    device = device or next((p.device for p in net.parameters()), torch.device("cpu"))
+    for module in net.modules():
+        if isinstance(module, SpikingNeuron):
+            module.writes_shortcut_gradient = device.type == "cuda"
     torch._functorch.config.activation_memory_budget = activation_budget
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, VERSIONS)
-    known = {key: value for key, value in KERNELS.items() if hasattr(torch._inductor.config, key)}  # not before 2.15
+    known = {key: value for key, value in KERNELS.items() if hasattr(torch._inductor.config, key)}
     net.compile(dynamic=False, options=known)

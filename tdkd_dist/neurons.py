@@ -127,6 +127,18 @@ def _charge(x: Tensor, m: Tensor, decay: float | Tensor, out: Tensor | None = No
     return torch.add(x, m, alpha=decay, out=out)
 
 
+def _start(x: Tensor) -> Tensor:
+    """The first charge: x in the state's type, as a computation of its own.
+
+    Not the sum with a membrane of zeros: Inductor makes all layers of a shape share one, and AOTAutograd's partitioner
+    keeps what is computed from it, taking the first layer and the last for too far apart to compute it again. Nor x
+    itself: a part of all timesteps' currents that is read twice, which makes Inductor write all of them to memory. It
+    takes out sums with 0 and copies, but not this.
+    """
+    h = x.to(_state_dtype(x))
+    return h if h is not x else x.neg().neg()
+
+
 def _fire(h: Tensor, gap: float, out: Tensor) -> Tensor:
     return torch.ge(h, gap, out=out)
 
@@ -215,16 +227,21 @@ def _steps_like(m: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 class _AddSteps(torch.autograd.Function):
-    """The concatenation of `steps`, plus `shortcut`; its gradient is the shortcut's as it is, without a copy."""
+    """The concatenation of `steps`, plus `shortcut`; its gradient is the shortcut's as it is, without a copy.
+
+    Except with `write`: then it is put together from the timesteps' gradients, so that the neurons' kernel writes it.
+    Otherwise each block of a stage reads all the terms that the blocks behind it have added to it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, *steps: Tensor) -> Tensor:
-        ctx.num_steps = len(steps)
+    def forward(ctx: Any, shortcut: Tensor, write: bool, *steps: Tensor) -> Tensor:
+        ctx.num_steps, ctx.write = len(steps), write
         return torch.cat([a + s for a, s in zip(shortcut.chunk(len(steps)), steps, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *grad.chunk(ctx.num_steps)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        steps = grad.chunk(ctx.num_steps)
+        return torch.cat(steps) if ctx.write else grad, None, *steps
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -251,6 +268,9 @@ class SpikingNeuron(nn.Module):
             config.threshold - v_r, drop, config.surrogate, float(config.slope), config.detach_reset
         )
         self._decay = 1.0 if config.kind == "if" else float(config.decay)
+        self.writes_shortcut_gradient = False
+        """Compiled, behind an identity shortcut: whether to write the sum of the gradients that meet in it. Less is
+        moved in Inductor's code for a GPU, more in that for a CPU, where it takes several kernels."""
         if config.kind == "plif":
             # [1] and not a scalar: DeepSpeed broadcasts parameters as bytes, which a scalar can't be viewed as.
             self.w = nn.Parameter(torch.tensor([math.log(1 / config.decay - 1)]))
@@ -276,9 +296,15 @@ class SpikingNeuron(nn.Module):
         spikes: Tensor = _FoldedNeuron.apply(x_TB, self.decay, self._dynamics)
         return spikes.flatten(0, 1)
 
-    def add_spikes(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """`shortcut + forward(x)`, all `[T*B, ...]`; compiled, the sum is a part of the neurons' kernel."""
-        return self._unroll(x, shortcut) if torch.compiler.is_compiling() else shortcut + self(x)
+    def add_spikes(self, x: Tensor, shortcut: Tensor, *, identity: bool) -> Tensor:
+        """`shortcut + forward(x)`, all `[T*B, ...]`; compiled, the sum is a part of the neurons' kernel.
+
+        `identity`: whether the shortcut is what the block reads, not a convolution of it.
+        """
+        if torch.compiler.is_compiling():
+            return self._unroll(x, shortcut, identity and self.writes_shortcut_gradient)
+        spikes: Tensor = self(x)
+        return shortcut + spikes
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One timestep: `(spikes, state)` for a current `[B, ...]` and the state before it (None: at rest).
@@ -291,14 +317,13 @@ class SpikingNeuron(nn.Module):
         k = self._dynamics
         if m is None and isinstance(decay, Tensor) and self.num_timesteps == 1:
             m = torch.zeros_like(x, dtype=_state_dtype(x))  # so that the decay gets its gradient, 0
-        # No membrane of zeros elsewhere: Inductor makes all layers of a shape share it, and its partitioner then keeps
-        # what they compute from it, taking the first layer and the last for too far apart to compute it again. The view
-        # has the gradient of h added up before x takes it, in the order of the other steps.
-        h = x.view_as(x).to(_state_dtype(x)) if m is None else _charge(x, m, decay)
+        h = _start(x) if m is None else _charge(x, m, decay)
         s = _Spike.apply(h, k.gap, k.surrogate, k.alpha)
         return s.to(x.dtype), _reset(h, s.detach() if k.detach_reset else s, k.drop)
 
-    def _unroll(self, x: Tensor, shortcut: Tensor | None = None, *, constant: bool = False) -> Tensor:
+    def _unroll(
+        self, x: Tensor, shortcut: Tensor | None = None, write: bool = False, *, constant: bool = False
+    ) -> Tensor:
         """What Inductor makes one kernel of, forward and backward: one step after the other, in plain operations.
 
         It does so of chunks and one concatenation of matrices, positions times channels. Of `[B, C, H, W]` it would
@@ -311,7 +336,7 @@ class SpikingNeuron(nn.Module):
         for current in [rows] * T if constant else rows.chunk(T):
             s, m = self._step(current, m, decay)
             steps.append(s)
-        y = torch.cat(steps) if shortcut is None else _AddSteps.apply(shortcut, *steps)
+        y = torch.cat(steps) if shortcut is None else _AddSteps.apply(shortcut, write, *steps)
         if rows is x:
             return y
         _, C, H, W = x.shape

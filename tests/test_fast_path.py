@@ -46,6 +46,19 @@ def test_one_graph_forward_and_backward(name):
     assert counter.frame_count == 1
 
 
+def test_writing_the_gradient_of_a_shortcut_changes_no_bit():
+    """As on CUDA, and not."""
+    found = []
+    for write in (False, True):
+        torch.compiler.reset()
+        net = student("sew_resnet8").train()
+        compile_training(net, device=torch.device("cuda" if write else "cpu"))
+        assert {m.writes_shortcut_gradient for m in net.modules() if isinstance(m, SpikingNeuron)} == {write}
+        net.compile(backend="aot_eager", fullgraph=True)
+        found.append(everything(net, images()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.slow
 def test_one_compilation_for_each_t_and_shape():
     from torch._dynamo.testing import CompileCounter

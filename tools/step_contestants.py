@@ -176,7 +176,7 @@ class LoopedNeuron(nn.Module):
             spikes.append(s)
         return torch.stack(spikes, dim=1).flatten(0, 1)
 
-    def add_spikes(self, x: Tensor, shortcut: Tensor) -> Tensor:
+    def add_spikes(self, x: Tensor, shortcut: Tensor, *, identity: bool) -> Tensor:
         """The sum that ends a block."""
         joined: Tensor = shortcut + self(x)
         return joined

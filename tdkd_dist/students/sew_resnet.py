@@ -56,7 +56,7 @@ class BasicBlock(base.ResidualBlock):
         if self.downsample is not None and self.downsample_sn is not None:
             x = self.downsample_sn(self.downsample(x))
         if self.connect == "ADD" and not self.drop_path.drops:
-            return self.sn2.add_spikes(out, x)
+            return self.sn2.add_spikes(out, x, identity=self.downsample is None)
         return join(x, self.drop_path(self.sn2(out)), self.connect)
 
     @property
@@ -100,7 +100,7 @@ class Bottleneck(base.ResidualBlock):
         if self.downsample is not None and self.downsample_sn is not None:
             x = self.downsample_sn(self.downsample(x))
         if self.connect == "ADD" and not self.drop_path.drops:
-            return self.sn3.add_spikes(out, x)
+            return self.sn3.add_spikes(out, x, identity=self.downsample is None)
         return join(self.drop_path(self.sn3(out)), x, self.connect)
 
     @property

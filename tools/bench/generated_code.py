@@ -115,7 +115,7 @@ def count(setting: Setting, net: nn.Module | None = None, write_to: Path | None 
     n = setting.batch * (1 if neuron_layers else setting.timesteps)
     images = torch.empty(n, 3, setting.size, setting.size).to(memory_format=torch.channels_last)
     if setting.variant == "run":
-        compile_training(net, setting.activation_budget)
+        compile_training(net, setting.activation_budget, fake_cuda.CUDA)
     else:
         net.compile()
     bf16 = torch.autocast("cpu", torch.bfloat16) if setting.precision == "bf16" else nullcontext()
