@@ -103,6 +103,8 @@ def show(config: "Config") -> None:
         print(f"batch script:\n{submission.batch_script(config, RunFolder(config.run.folder))}")
     for line in findings.absent:
         print(f"not here yet: {line}")
+    for line in findings.advice:
+        print(f"note: {line}")
 
 
 def run(config: "Config") -> int:
@@ -122,6 +124,8 @@ def run(config: "Config") -> int:
     findings = preflight.check(config, cluster=cluster)
     folder.create(config)
     print(f"{folder.path}: {submission.describe(config, cluster)}", flush=True)
+    for line in findings.advice:
+        print(f"note: {line}", flush=True)
     return submission.run_to_end(config, folder, cluster, findings.teacher_weights)
 
 
@@ -134,8 +138,11 @@ def run_sweep(configs: "list[Config]") -> int:
     for folder, config in ((RunFolder(config.run.folder), config) for config in configs):
         if folder.config_file.exists():
             folder.check_same(config)
-    weights = [preflight.check(config, cluster=cluster).teacher_weights for config in configs]
+    found = [preflight.check(config, cluster=cluster) for config in configs]
+    weights = [findings.teacher_weights for findings in found]
     if cluster == "slurm":
+        for line in found[0].advice:
+            print(f"note: {line}", flush=True)
         outcomes = run_array(configs, weights)
     else:
         outcomes = {}

@@ -81,7 +81,8 @@ def restore(folder: Path, engine: Engine, say: Callable[[str], None]) -> Progres
     engine.load(path)
     own = path / f"rank-{distributed.rank()}.pt"
     if own.is_file():
-        _set_rank_state(engine, torch.load(own, weights_only=False))
+        # To the CPU first: a GPU of that number need not be here.
+        _set_rank_state(engine, torch.load(own, map_location="cpu", weights_only=False))
     return Progress(**json.loads((path / "progress.json").read_text()))
 
 

@@ -1,6 +1,7 @@
 """Whether and how a network in training is compiled."""
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 import torch._inductor.config
 from torch import nn
@@ -8,6 +9,12 @@ from torch import nn
 from tdkd_dist.config import TrainConfig
 from tdkd_dist.neurons import SpikingNeuron
 
+VERSIONS = 64
+"""Image sizes, batch sizes and numbers of timesteps, in training and in validation, that a network is compiled for.
+
+Dynamo's limit is 8, beyond which it silently runs eager: a run whose crops grow over four sizes while T is drawn from 1
+to 6 has 24. All are static: code for any size takes many times as long to compile (docs/dependencies.md).
+"""
 KERNELS = {"max_pointwise_cat_inputs": 0, "max_complex_pointwise_cat_inputs": 0}
 """Inductor's settings for training, chosen by what its CUDA code moves (docs/results/generated_code.md).
 
@@ -35,10 +42,11 @@ def compile_training(net: nn.Module, activation_budget: float = 1.0, device: tor
     partitioner). In a spiking ResNet that is every spike: batch norm needs the convolution's output anyway, and the
     spikes follow from it. It holds for the whole process; `KERNELS`, for this network's forward and backward pass.
     """
-    device = next(net.parameters()).device if device is None else device
+    device = device or next((p.device for p in net.parameters()), torch.device("cpu"))
     for module in net.modules():
         if isinstance(module, SpikingNeuron):
             module.writes_shortcut_gradient = device.type == "cuda"
     torch._functorch.config.activation_memory_budget = activation_budget
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, VERSIONS)
     known = {key: value for key, value in KERNELS.items() if hasattr(torch._inductor.config, key)}
-    net.compile(options=known)
+    net.compile(dynamic=False, options=known)

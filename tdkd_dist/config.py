@@ -214,7 +214,7 @@ class TrainConfig:
     recompute_stages: list[int] = field(default_factory=list)
     """Stages (from 1) whose blocks keep only their inputs for the backward pass: less memory, more time."""
     sync_bn: bool = True
-    """Batch statistics over all ranks (GPU only)."""
+    """Batch statistics over all ranks."""
     random_timesteps: bool = False
     """Run a number of timesteps drawn from 1 to T in each optimiser step, the same on all ranks."""
     ema_decay: float = 0.0
@@ -289,7 +289,7 @@ class LauncherConfig:
     tasks_per_node: int | None = None
     """Ranks a node; None: one a GPU, or one."""
     cpus_per_task: int | None = None
-    """None: on this machine an equal share of its cores, on Slurm the cluster's default."""
+    """None: an equal share of this machine's cores; on Slurm that of its GPUs in a node's CPUs, 16 at most."""
     time_min: int = 7 * 24 * 60
     """Time limit of one job, in minutes."""
     partition: str | None = None

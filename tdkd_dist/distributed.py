@@ -2,36 +2,43 @@
 
 import os
 import socket
+import time
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
-"""The longest that a collective waits for a rank that doesn't come."""
+"""The longest that a collective waits for a rank that doesn't come, where no heartbeat watches over it."""
+PATIENCE = timedelta(days=7)
+"""The same of the control group, in which ranks also wait for one that copies its data: the heartbeat ends a hang."""
 
 
 # Flags, names and barriers travel over gloo, so that agreeing on them never waits for the GPU's queue of work.
 _control: dist.ProcessGroup | None = None
 
 
-def start(device: torch.device) -> None:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: nccl on a GPU, else gloo."""
+def start(device: torch.device, timeout: timedelta = TIMEOUT) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: nccl on a GPU, else gloo.
+
+    `timeout` bounds every collective; longer than the heartbeat's, or else a hang ends before the laggard is named.
+    """
     global _control
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    if device.type == "cuda":
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        assert isinstance(group, dist.ProcessGroup)
-        _control = group
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    _control = group
 
 
-def start_here(rank: int, world_size: int, port: int, device: torch.device) -> None:
+def start_here(rank: int, world_size: int, port: int, device: torch.device, *, timeout: timedelta = TIMEOUT) -> None:
     """Join a process group whose ranks are all on this machine, without a launcher: for tests and benchmarks."""
     facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in facts.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    start(device)
+    start(device, timeout)
 
 
 def free_port() -> int:
@@ -94,7 +101,41 @@ def from_rank_0(value: str | None) -> str | None:
     return box[0]
 
 
+def cores_per_rank() -> int:
+    """How many cores this rank has to itself, at least 1; every rank must call it.
+
+    Where Slurm binds its tasks, a rank's affinity is its own share already; elsewhere all ranks of a machine see the
+    same cores. So a core counts as one, divided by the ranks of its machine that may use it. Slurm's allocation
+    bounds it too: without a task plugin the affinity shows a whole node to a job that was given a few of its cores.
+    """
+    mine = os.sched_getaffinity(0)
+    neighbours = [cores for machine, cores in from_every_rank((_machine(), mine)) if machine == _machine()]
+    share = sum(1 / sum(core in cores for cores in neighbours) for core in mine)
+    given = int(os.environ.get("SLURM_CPUS_ON_NODE", len(mine) * len(neighbours)))
+    return max(1, min(int(share + 1e-6), given // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _machine() -> str:
+    """What ranks on one machine have in common: containers may all have the same host name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return socket.gethostname()
+
+
 def barrier() -> None:
-    """Wait for every rank, at most `TIMEOUT`."""
+    """Wait for every rank."""
     if world_size() > 1:
         dist.barrier(group=_control)
+
+
+def meet(beat: Callable[[], None]) -> None:
+    """Wait for every rank, however long it takes; `beat` is called meanwhile, a sign that this one is well."""
+    if world_size() == 1:
+        return
+    arrived = dist.barrier(group=_control, async_op=True)
+    assert arrived is not None
+    while not arrived.is_completed():
+        beat()
+        time.sleep(0.05)
+    arrived.wait()

@@ -6,7 +6,7 @@ The only file that knows DeepSpeed. Its launcher is not used: the process group 
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from tdkd_dist import distributed
+from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import Config
 
@@ -31,7 +32,7 @@ class Engine:
     Args:
         student: on its device, not yet wrapped; float32.
         config: the run's; it must have passed `Config.check`.
-        device: of this rank; CUDA brings bf16 and SyncBatchNorm if the configuration asks for them.
+        device: of this rank; CUDA brings bf16 if the configuration asks for it.
         steps_per_epoch: optimiser steps, for the schedule.
         compiled: whether to compile the student.
     """
@@ -46,8 +47,8 @@ class Engine:
 
         # Its shared-memory all-reduce would be compiled at first use, a minute on two cores; gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if config.train.sync_bn and device.type == "cuda" and distributed.world_size() > 1:
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
+        if config.train.sync_bn and distributed.world_size() > 1:
+            synchronise(student)
         if compiled:
             compile_training(student, config.train.activation_budget)
         self.student = student
@@ -138,16 +139,15 @@ class Engine:
 
     def remember_buffers(self) -> None:
         """Keep this rank's batch-norm statistics, so that `recall_buffers` can undo a batch that spoilt them."""
-        buffers = list(self.student.buffers())
         if self._remembered is None:
-            self._remembered = [buffer.clone() for buffer in buffers]
+            self._remembered = [buffer.clone() for buffer in self.student.buffers()]
         else:
-            torch._foreach_copy_(self._remembered, buffers)
+            _copy_by_type(self._remembered, self.student.buffers())
 
     def recall_buffers(self) -> None:
         """Put back what `remember_buffers` kept."""
         assert self._remembered is not None
-        torch._foreach_copy_(list(self.student.buffers()), self._remembered)
+        _copy_by_type(list(self.student.buffers()), self._remembered)
 
     def sync_buffers(self) -> None:
         """Average the batch-norm statistics over ranks: DeepSpeed never does, and what is saved must be one network."""
@@ -208,9 +208,23 @@ def _deepspeed_config(config: Config, *, autocast: bool) -> dict[str, Any]:
         # A ZeRO stage allocates a whole bucket at every step, and the default is 2 GB.
         "zero_optimization": {"stage": config.train.zero_stage, "reduce_bucket_size": REDUCE_BUCKET},
         "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
+        # ZeRO stages would send the gradients of the modules listed here, by default all convolutions, in bf16.
+        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        # It waits for the device in a forward hook, which Dynamo traces, and dies of.
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 10**9,
     }
+
+
+def _copy_by_type(destinations: list[Tensor], sources: Iterable[Tensor]) -> None:
+    """One kernel for each type: of mixed types (counts beside statistics) torch makes one a tensor."""
+    by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for destination, source in zip(destinations, sources, strict=True):
+        pair = by_type.setdefault(destination.dtype, ([], []))
+        pair[0].append(destination)
+        pair[1].append(source)
+    for pair in by_type.values():
+        torch._foreach_copy_(*pair)
 
 
 class _FailuresOf:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist import scheduler
+from tdkd_dist import scheduler, slurm
 from tdkd_dist.heartbeat import find_laggard, read_signs
 from tdkd_dist.job import Outcome
 from tdkd_dist.run_folder import RunFolder
@@ -35,6 +35,7 @@ class Follower:
         self._error_since: float | None = None
         self._asked = time.monotonic()
         self._state: scheduler.State | None = None
+        self._hindrance: str | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -56,11 +57,15 @@ class Follower:
         if now - self._asked < QUEUE_POLL_S:
             return False
         self._asked = now
-        state = scheduler.state_of("slurm", str(self._job.job_id))
+        state, reason = scheduler.standing("slurm", str(self._job.job_id))
         if state != self._state and state != "gone":
             again = " again" if self._state == "running" else ""
             print(f"job {self._job.job_id} is {state}{again}", flush=True)
         self._state = state
+        hindrance = slurm.explain(reason)
+        if hindrance is not None and hindrance != self._hindrance:
+            print(f"job {self._job.job_id} waits, {hindrance}", flush=True)
+        self._hindrance = hindrance
         return state == "gone"
 
     def _done_here(self) -> bool:
@@ -89,6 +94,8 @@ class Follower:
         if laggard is not None:
             rank = laggard.rank
             reason = f"it hung: last seen {laggard.phase}, after step {laggard.step}, on {laggard.host}"
+        elif self._cluster == "slurm":
+            reason = slurm.how_it_ended(str(self._job.job_id)) or reason
         if not self.interrupted:
             print(f"error: rank {rank} crashed: {reason}", file=sys.stderr)
             print(f"its output: {self._tasks[rank].paths.stdout}", file=sys.stderr)

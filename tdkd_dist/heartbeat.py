@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import psutil
 
 WRITE_EVERY_S = 5.0
 EXIT_STATUS = 75
-START_UP = ("importing", "opening data", "building networks", "restoring", "starting W&B")
+START_UP = ("importing", "joining the other ranks", "opening data", "building networks", "restoring", "starting W&B")
 PHASES = (*START_UP, "waiting for data", "training", "agreeing", "validating", "saving")
 """What a rank does, in order: once, and within a step."""
 
@@ -36,6 +37,11 @@ class Sign:
     moved: float
     """When it last moved, seconds since the epoch."""
     hung: bool = False
+
+
+def outlasting(timeout_s: float) -> timedelta:
+    """A limit for collectives that lets the heartbeat's, `timeout_s`, come first: theirs would name no rank."""
+    return timedelta(seconds=2 * timeout_s + 60)
 
 
 class Heartbeat:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from tdkd_dist.config import Config
-from tdkd_dist.heartbeat import Heartbeat
+from tdkd_dist.heartbeat import Heartbeat, outlasting
 
 PACKAGE = Path(__file__).resolve().parent
 CACHES = {
@@ -21,6 +21,9 @@ CACHES = {
     "TORCH_EXTENSIONS_DIR": "torch_extensions",
 }
 """Variables that say where compiled code is kept; some defaults are in the home folder, which clusters share slowly."""
+
+PREEMPTED_FILE = "TDKD_PREEMPTED"
+"""Variable that names the file by which rank 0 tells the batch script that the job ends for no fault of its own."""
 
 
 @dataclass
@@ -74,20 +77,21 @@ class Job:
         from tdkd_dist.run_folder import RunFolder
         from tdkd_dist.train import run
 
-        cores = cores_per_rank(environment.local_world_size)
-        torch.set_num_threads(cores)
         device = _device(self.config, environment.local_rank)
-        distributed.start(device)
-        place = Place(
-            device=device,
-            rank=environment.rank,
-            world_size=environment.world_size,
-            workers=self.config.data.workers or cores,
-            teacher_weights=self.teacher_weights,
-        )
         folder = RunFolder(self.config.run.folder.absolute())
         timeout_s = 60 * self.config.launcher.hang_timeout_min
         with Heartbeat(folder.heartbeat, rank=environment.rank, timeout_s=timeout_s) as heartbeat:
+            heartbeat.beat("joining the other ranks", 0)
+            distributed.start(device, outlasting(timeout_s))
+            cores = distributed.cores_per_rank()
+            torch.set_num_threads(cores)
+            place = Place(
+                device=device,
+                rank=environment.rank,
+                world_size=environment.world_size,
+                workers=self.config.data.workers or cores,
+                teacher_weights=self.teacher_weights,
+            )
             return run(self.config, folder, place, heartbeat, lambda: flags.stop)
 
 
@@ -114,6 +118,8 @@ class _SignalFlags:
         """Let submitit requeue the job from rank 0; the scheduler then ends the others."""
         if environment.rank == 0:
             assert callable(self._submitit_handler)
+            if PREEMPTED_FILE in os.environ:
+                Path(os.environ[PREEMPTED_FILE]).touch()
             self._submitit_handler(signal.SIGUSR2, None)
         elif environment.cluster == "slurm":
             time.sleep(300)
@@ -122,11 +128,6 @@ class _SignalFlags:
 def is_users_mistake(error: ValueError) -> bool:
     """A `ValueError` that our own code raised; one from inside a library is a crash."""
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(PACKAGE)
-
-
-def cores_per_rank(ranks_on_node: int) -> int:
-    """This rank's equal share of the cores that the process may use."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
 
 
 def keep_caches_local() -> None:
@@ -169,8 +170,9 @@ def _device(config: Config, local_rank: int) -> Any:
     available = torch.cuda.device_count()
     if local_rank >= available:
         raise ValueError(
-            f"launcher.gpus_per_node={config.launcher.gpus_per_node}: rank {local_rank} of this node sees"
-            f" {available} GPUs; launcher.gpus_per_node=0 trains on the CPU"
+            f"launcher.gpus_per_node={config.launcher.gpus_per_node}: rank {local_rank} of this node sees {available}"
+            " GPUs, and every rank must see all of them: on Slurm leave --gpus-per-task and --gpu-bind out of"
+            " launcher.sbatch and launcher.srun_args; launcher.gpus_per_node=0 trains on the CPU"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)

@@ -48,6 +48,7 @@ class TimestepCounts:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._tightness_G = TIGHTNESS
 
     def update(self, logits_TBK: Tensor, labels_B: Tensor) -> None:
         """Add a batch: logits `[T, B, K]` of any floating type, class labels `[B]`."""
@@ -118,7 +119,9 @@ class TimestepCounts:
 
     def _add_exits(self, rule: str, score_TB: Tensor, correct_TB: Tensor) -> None:
         T = len(score_TB)
-        threshold_G11 = TIGHTNESS.to(score_TB.device).view(-1, 1, 1)
+        if self._tightness_G.device != score_TB.device:  # once, since the host waits for such a copy
+            self._tightness_G = TIGHTNESS.to(score_TB.device)
+        threshold_G11 = self._tightness_G.view(-1, 1, 1)
         stops_GTB = score_TB >= 1 - threshold_G11 if rule == "confidence" else score_TB <= threshold_G11
         exit_GB = first_exits(stops_GTB)
         self._add(f"exits_{rule}", F.one_hot(exit_GB, T).sum(1).flatten())

@@ -201,7 +201,7 @@ class _FoldedNeuron(torch.autograd.Function):
             _reset(h, _fire(h, k.gap, out=s), k.drop, out=m)
 
         grad_m = m.zero_()  # of the membrane after the reset; nothing reads the last one
-        grad_decay = m.new_zeros(()) if learned else None
+        grad_decay = m.new_zeros(1) if learned else None
         for t in reversed(range(len(x_TB))):
             h = h_TB[t]
             derivative = SURROGATES[k.surrogate].derivative(torch.sub(h, k.gap, out=d), k.alpha, d)
@@ -272,12 +272,20 @@ class SpikingNeuron(nn.Module):
         """Compiled, behind an identity shortcut: whether to write the sum of the gradients that meet in it. Less is
         moved in Inductor's code for a GPU, more in that for a CPU, where it takes several kernels."""
         if config.kind == "plif":
-            self.w = nn.Parameter(torch.tensor(math.log(1 / config.decay - 1)))
+            # [1] and not a scalar: DeepSpeed broadcasts parameters as bytes, which a scalar can't be viewed as.
+            self.w = nn.Parameter(torch.tensor([math.log(1 / config.decay - 1)]))
 
     @property
     def decay(self) -> float | Tensor:
-        """Share of the membrane that a timestep keeps; a scalar tensor, 1 - sigmoid(w), for PLIF."""
+        """Share of the membrane that a timestep keeps; for PLIF a tensor `[1]`, 1 - sigmoid(w)."""
         return 1 - self.w.sigmoid() if self.config.kind == "plif" else self._decay
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Older files and spikingjelly's hold w as a scalar.
+        w = state_dict.get(f"{prefix}w")
+        if w is not None and w.ndim == 0:
+            state_dict[f"{prefix}w"] = w.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor, constant: bool = False) -> Tensor:
         """Spikes `[T*B, ...]` for currents `[T*B, ...]`, T-major; `constant`: `[B, ...]`, the same at every step."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import timm.optim
 import torch
 
+from tdkd_dist import slurm
+from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.config import Config, require
 from tdkd_dist.data.beton import check_beton
 from tdkd_dist.data.loaders import count_classes, open_pictures
@@ -25,6 +27,8 @@ class Findings:
     """timm's weights of the teacher on this machine."""
     absent: list[str] = field(default_factory=list)
     """Dry run: what is not here yet, a line each."""
+    advice: list[str] = field(default_factory=list)
+    """What had better be set, a line each."""
 
     def steps_per_epoch(self, config: Config) -> int | None:
         """Optimiser steps an epoch; the tail that fills no batch is dropped. None: the data is not here yet."""
@@ -65,14 +69,20 @@ def _is_here(path: str, key: str, found: Findings, dry_run: bool) -> bool:
 def _check_machine(config: Config, cluster: str, found: Findings, dry_run: bool) -> None:
     launcher, data = config.launcher, config.data
     if cluster == "slurm":
+        partitions = slurm.partitions(launcher)
+        reason = slurm.never_starts(launcher, partitions)
+        require(reason is None or dry_run, f"{reason}; Slurm could never start this job")
+        found.advice += [f"Slurm could never start this job: {reason}"] if reason else []
+        found.advice += slurm.advice(launcher, partitions)
         return
     cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    here = f"this machine has {gpus}" if chosen is None else f"CUDA_VISIBLE_DEVICES={chosen} shows {gpus}"
     for fits, message in (
         (launcher.nodes == 1, f"launcher.nodes={launcher.nodes}: this machine is one; use launcher.cluster=slurm"),
         (
             launcher.gpus_per_node <= gpus,
-            f"launcher.gpus_per_node={launcher.gpus_per_node}: this machine has {gpus};"
-            " launcher.gpus_per_node=0 trains on the CPU",
+            f"launcher.gpus_per_node={launcher.gpus_per_node}: {here}; launcher.gpus_per_node=0 trains on the CPU",
         ),
         (data.workers is None or data.workers <= cores, f"data.workers={data.workers}: only {cores} cores here"),
     ):
@@ -119,6 +129,8 @@ def _check_student(config: Config, found: Findings, dry_run: bool) -> None:
     checkpoint = config.student.checkpoint
     if checkpoint is not None and _is_here(checkpoint, "student.checkpoint", found, dry_run):
         load_weights(student, checkpoint, "student.checkpoint")
+    if config.train.epochs > 0 and config.train.sync_bn and config.launcher.world_size > 1:
+        synchronise(student)
 
 
 def _check_teacher(config: Config, found: Findings, dry_run: bool) -> None:

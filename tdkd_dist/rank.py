@@ -15,7 +15,8 @@ from torch import nn
 
 from tdkd_dist.checkpoint import Progress
 from tdkd_dist.config import Config
-from tdkd_dist.data.loaders import Batch, ValLoader
+from tdkd_dist.data.batch import Batch
+from tdkd_dist.data.loaders import ValLoader
 from tdkd_dist.data.normalise import Normalise
 from tdkd_dist.engine import use_bf16
 from tdkd_dist.figures import draw_accuracy_against_timestep

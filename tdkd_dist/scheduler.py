@@ -21,20 +21,27 @@ def sbatch_answers() -> bool:
 
 def state_of(cluster: str, job_id: str) -> State:
     """Where a job stands; a requeued one is pending. A controller that doesn't answer leaves it running."""
+    return standing(cluster, job_id)[0]
+
+
+def standing(cluster: str, job_id: str) -> tuple[State, str]:
+    """`state_of` a job and, if it is pending, why, in Slurm's words."""
     if cluster != "slurm":
-        return "gone" if _controller(job_id) is None else "running"
+        return "gone" if _controller(job_id) is None else "running", ""
     try:
         done = subprocess.run(
-            ["squeue", "-h", "-j", job_id, "-o", "%T"], capture_output=True, text=True, timeout=30, check=False
+            ["squeue", "-h", "-j", job_id, "-o", "%T|%r"], capture_output=True, text=True, timeout=30, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
-        return "running"
+        return "running", ""
     if done.returncode != 0:
-        return "gone" if "Invalid job id" in done.stderr else "running"
-    states = done.stdout.split()
-    if not states:
-        return "gone"
-    return "pending" if all(s in ("PENDING", "REQUEUED", "SPECIAL_EXIT") for s in states) else "running"
+        return "gone" if "Invalid job id" in done.stderr else "running", ""
+    rows = [line.split("|", 1) for line in done.stdout.splitlines() if "|" in line]
+    if not rows:
+        return "gone", ""
+    if all(row[0] in ("PENDING", "REQUEUED", "SPECIAL_EXIT") for row in rows):
+        return "pending", rows[0][1].strip()
+    return "running", ""
 
 
 def ask_to_stop(cluster: str, job_id: str) -> None:

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from tdkd_dist import scheduler
+from tdkd_dist import scheduler, slurm
 from tdkd_dist.config import Config, require
 from tdkd_dist.heartbeat import find_laggard, read_signs
 from tdkd_dist.recipe import read_config
@@ -70,10 +70,11 @@ def cancel(folder: RunFolder) -> str:
 
 def _state(folder: RunFolder, config: Config) -> str:
     job, signs = folder.read_job(), read_signs(folder.heartbeat)
-    if job is not None and (state := scheduler.state_of(job["cluster"], job["job_id"])) != "gone":
+    state, reason = scheduler.standing(job["cluster"], job["job_id"]) if job is not None else ("gone", "")
+    if job is not None and state != "gone":
         where = f"Slurm job {job['job_id']}" if job["cluster"] == "slurm" else f"process {job['job_id']} here"
         if state == "pending":
-            return f"waiting in the queue, {where}"
+            return f"waiting in the queue, {where}, {slurm.explain(reason) or reason}"
         if signs:
             seen = format_seconds(max(0.0, time.time() - min(sign.moved for sign in signs)))
             return f"{signs[0].phase}, {where}, {len(signs)} rank(s), each has moved in the last {seen}"

@@ -1,5 +1,6 @@
 """From a checked configuration to a job on this machine or on Slurm, followed to its end."""
 
+import os
 import shutil
 import signal
 import sys
@@ -9,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist import scheduler
+from tdkd_dist import scheduler, slurm
 from tdkd_dist.config import Config
 from tdkd_dist.follow import CRASHED, Follower
-from tdkd_dist.job import PACKAGE, Job
+from tdkd_dist.job import PACKAGE, PREEMPTED_FILE, Job
 from tdkd_dist.run_folder import RunFolder
 
 
@@ -45,7 +46,11 @@ def make_executor(config: Config, folder: RunFolder, cluster: str, code: Path | 
     import submitit
 
     launcher = config.launcher
-    executor = submitit.AutoExecutor(folder=folder.jobs, cluster=cluster)
+    # Preemptions and time limits are no failures. Unless told otherwise, submitit requeues after no more than three
+    # time-outs, and with a limit of ten minutes or less it takes every preemption for one.
+    executor = submitit.AutoExecutor(
+        folder=folder.jobs, cluster=cluster, slurm_max_num_timeout=sys.maxsize, local_max_num_timeout=sys.maxsize
+    )
     parameters: dict[str, Any] = {
         "name": config.run.name,
         "nodes": launcher.nodes,
@@ -55,25 +60,41 @@ def make_executor(config: Config, folder: RunFolder, cluster: str, code: Path | 
     }
     if cluster == "slurm":
         code = code or _snapshot(folder)
+        options = slurm.options(launcher)
+        cpus = slurm.cpus_per_task(launcher, slurm.partitions(launcher))
         parameters |= {
-            "gpus_per_node": launcher.gpus_per_node or None,
-            "cpus_per_task": launcher.cpus_per_task,
+            # Many clusters want their own way, such as launcher.sbatch.gres=gpu:a100:4, and refuse both together.
+            "gpus_per_node": None if set(slurm.GPU_OPTIONS) & options.keys() else launcher.gpus_per_node or None,
+            "cpus_per_task": cpus,
             "mem_gb": launcher.mem_gb,
             "slurm_partition": launcher.partition,
             "slurm_account": launcher.account,
             "slurm_qos": launcher.qos,
             "slurm_constraint": launcher.constraint,
-            "slurm_setup": [f'export PYTHONPATH="{code}:$PYTHONPATH" PYTHONSAFEPATH=1', *launcher.setup],
-            "slurm_teardown": _requeue_on_crash(folder, launcher.max_restarts),
+            "slurm_setup": [
+                f'export PYTHONPATH="{code}:$PYTHONPATH" PYTHONSAFEPATH=1',
+                *_count_from(folder),
+                *launcher.setup,
+            ],
+            "slurm_teardown": _requeue(launcher.max_restarts),
             # One dead rank ends the others, which would wait for it.
-            "slurm_srun_args": ["--kill-on-bad-exit=1", *launcher.srun_args],
-            "slurm_additional_parameters": dict(launcher.sbatch) or None,
+            "slurm_srun_args": [
+                "--kill-on-bad-exit=1",
+                # From 22.05 to 23.02 srun does not inherit it from sbatch.
+                *([f"--cpus-per-task={cpus}"] if cpus is not None else []),
+                *launcher.srun_args,
+            ],
+            "slurm_additional_parameters": options,
             "slurm_signal_delay_s": launcher.signal_delay_s,
         }
         parameters = {key: value for key, value in parameters.items() if value is not None}
     else:
         parameters["gpus_per_node"] = launcher.gpus_per_node
     executor.update_parameters(**parameters)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if cluster == "local" and chosen is not None:
+        # submitit would number GPUs from 0 instead, and its own `visible_gpus` knows neither UUIDs nor MIG's names.
+        executor._executor.parameters["visible_gpus"] = (chosen,)
     return executor
 
 
@@ -140,7 +161,7 @@ def _submitted(executor: Any, jobs: list[Job]) -> list[Any]:
     from submitit.core.utils import FailedJobError
 
     try:
-        with _ignoring(signal.SIGINT):
+        with _ignoring(signal.SIGINT), _outside_any_job():
             if len(jobs) == 1:
                 return [executor.submit(jobs[0])]
             with executor.batch():
@@ -161,17 +182,33 @@ def _restarts(folder: RunFolder) -> Path:
     return folder.jobs.absolute() / "restarts"
 
 
-def _requeue_on_crash(folder: RunFolder, max_restarts: int) -> list[str]:
-    """Lines for the end of the batch script: nobody else requeues a job that crashed."""
+def _count_from(folder: RunFolder) -> list[str]:
+    """Lines for the start of the batch script: where restarts are counted, and where a rank says it is no crash."""
+    return [
+        "tdkd_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}",
+        "tdkd_job=${tdkd_job:-$SLURM_JOB_ID}",
+        f'tdkd_count="{_restarts(folder)}/$tdkd_job"',
+        f'export {PREEMPTED_FILE}="$tdkd_count.preempted"',
+        f'mkdir -p "$(dirname "$tdkd_count")" && rm -f "${PREEMPTED_FILE}"',
+    ]
+
+
+def _requeue(max_restarts: int) -> list[str]:
+    """Lines for the end of the batch script: nobody else requeues a job that crashed, which alone counts.
+
+    Nor one that was preempted with a period of grace, and used it to save and end: Slurm calls that failed.
+    """
     return [
         "status=$?",
-        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}",
-        "job=${job:-$SLURM_JOB_ID}",
-        f'count="{_restarts(folder)}/$job"',
-        f'if [ $status -ne 0 ] && [ "$(cat "$count" 2>/dev/null || echo 0)" -lt {max_restarts} ]; then',
-        '    mkdir -p "$(dirname "$count")" && echo $(($(cat "$count" 2>/dev/null || echo 0) + 1)) >"$count"',
-        '    scontrol requeue "$job" && sleep 60',
+        "again=no",
+        "if [ $status -ne 0 ]; then",
+        f'    if [ -e "${PREEMPTED_FILE}" ] || scontrol -o show job "$tdkd_job" | grep -q " PreemptTime=[0-9]"; then',
+        "        again=yes",
+        f'    elif [ "$(cat "$tdkd_count" 2>/dev/null || echo 0)" -lt {max_restarts} ]; then',
+        '        again=yes && echo $(($(cat "$tdkd_count" 2>/dev/null || echo 0) + 1)) >"$tdkd_count"',
+        "    fi",
         "fi",
+        '[ $again = no ] || { scontrol requeue "$tdkd_job" && sleep 60; }',
         "exit $status",
     ]
 
@@ -184,3 +221,18 @@ def _ignoring(number: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, previous)
+
+
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Without the variables of a job that we are run in: sbatch would hand them on, and srun obeys them.
+
+    submitit's `clean_env` takes SLURM_CONF and the user's defaults for sbatch too.
+    """
+    inside = "SLURM_JOB_ID" in os.environ
+    names = [n for n in os.environ if inside and n.startswith(("SLURM_", "SRUN_")) and n != "SLURM_CONF"]
+    taken = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)

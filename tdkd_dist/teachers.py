@@ -51,9 +51,11 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def compile_folded(self) -> None:
-        """Compile the network, its batch norms folded into its convolutions and, on a CPU, their weights packed once.
+        """Compile the network; in fp32 with its batch norms folded into its convolutions and, on a CPU, weights packed.
 
-        The weights are then held twice. What is compiled must not change any more.
+        The weights are then held twice. What is compiled must not change any more. Under autocast nothing is folded:
+        rounded to bf16 after folding, weights err more than outputs that are normalised in fp32 do, and on a GPU the
+        norm is a part of the activation's kernel anyway.
         """
         self.model.compile()
         self._folded = True
@@ -67,7 +69,8 @@ class Teacher(nn.Module):
         if self.input_size is not None and tuple(x_BCHW.shape[-2:]) != self.input_size:
             x_BCHW = F.interpolate(x_BCHW, self.input_size, mode="bilinear", antialias=True)
         # At the first call, Dynamo and Inductor both ask for it, and only where gradients are off.
-        with torch._inductor.config.patch(freezing=self._folded):
+        fold = self._folded and not torch.is_autocast_enabled(x_BCHW.device.type)
+        with torch._inductor.config.patch(freezing=fold):
             logits_BK: Tensor = self.model(x_BCHW)
         return logits_BK
 

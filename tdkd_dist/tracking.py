@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tdkd_dist import distributed
 from tdkd_dist.config import Config, flatten
+from tdkd_dist.data.batch import Batch
 from tdkd_dist.losses import LossTerms
 from tdkd_dist.metrics import ensemble_losses
 from tdkd_dist.run_folder import RunFolder, append_text
@@ -36,11 +37,13 @@ class Log:
             append_text(self._path, text.rstrip("\n") + "\n")
 
     def take_over_logging(self) -> None:
-        """Make the package's own `logging` messages, from INFO on, lines of this log."""
+        """Make the package's own `logging` messages, from INFO on, lines of this log; and Dynamo's one that counts."""
         logger = logging.getLogger("tdkd_dist")
         logger.handlers = [_SayHandler(self)]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+        dynamo = logging.getLogger("torch._dynamo.convert_frame")
+        dynamo.handlers = [h for h in dynamo.handlers if not isinstance(h, _FallBackHandler)] + [_FallBackHandler(self)]
 
 
 class _SayHandler(logging.Handler):
@@ -50,6 +53,18 @@ class _SayHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._log.say(record.getMessage())
+
+
+class _FallBackHandler(_SayHandler):
+    """Says once that a network runs uncompiled: Dynamo gives up on its own, and training would just be slower."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "torch._dynamo hit config" in record.msg:
+            self._log.say(
+                "warning: compiled for as many image sizes, batch sizes and numbers of timesteps as allowed; what comes"
+                " now runs uncompiled, at less than full speed (compilation.VERSIONS is the limit)"
+            )
+            logging.getLogger("torch._dynamo.convert_frame").removeHandler(self)
 
 
 class TrainMeter:
@@ -67,20 +82,23 @@ class TrainMeter:
         self._sums: Tensor | None = None
         self._reset()
 
-    def wait_for(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; the time it takes counts as waiting for data."""
         started = time.monotonic()
         batch = next(batches)
         self._waited_s += time.monotonic() - started
         return batch
 
-    def add(self, terms: LossTerms, logits_TBK: Tensor, labels: Tensor) -> None:
-        """Add a micro-batch's loss terms, and the ensembles' losses; they stay on the device until a row is due."""
+    def measure(self, terms: LossTerms, logits_TBK: Tensor, labels: Tensor) -> Tensor:
+        """A micro-batch's loss terms and the ensembles' losses, to be added once its step is taken; on the device."""
         values = torch.stack([term.detach() for term in terms]).double()
         # Fewer timesteps than the student's when their number is drawn at random.
         missing = self._num_timesteps - len(logits_TBK)
         ensembles_3T = torch.nn.functional.pad(ensemble_losses(logits_TBK, labels), (0, missing))
-        values = torch.cat([values, ensembles_3T.flatten()])
+        return torch.cat([values, ensembles_3T.flatten()])
+
+    def add(self, values: Tensor) -> None:
+        """Add what `measure` found; it stays on the device until a row is due."""
         self._sums = values if self._sums is None else self._sums + values
         self._micro_batches += 1
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tdkd_dist import checkpoint
+from tdkd_dist import checkpoint, distributed
 from tdkd_dist.checkpoint import Progress
 from tdkd_dist.compilation import compiles
 from tdkd_dist.config import Config
@@ -40,9 +40,12 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
     if that ended the run early, with a checkpoint to go on from. Raises `ValueError` for a user's mistake that only the
     job can find.
     """
+    # Crops keep their size for epochs, so that finding the fastest convolutions pays; a no-op on a CPU.
+    torch.backends.cudnn.benchmark = True
     log = Log(folder.log_file)
     log.take_over_logging()
-    heartbeat.beat("opening data", 0)
+    opening = partial(heartbeat.beat, "opening data", 0)
+    opening()
     validation = make_val_loader(
         config.data,
         batch_size=config.eval.batch_size or config.micro_batch,
@@ -50,7 +53,9 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
         world_size=place.world_size,
         device=place.device,
         workers=place.workers,
+        beat=opening,
     )
+    distributed.meet(opening)  # here, where nobody counts as hanging while another copies its data
     normalise = Normalise(config.data.mean, config.data.std).to(place.device)
     parts = Run(config, folder, place, log, heartbeat, normalise, validation)
     heartbeat.beat("building networks", 0)
@@ -100,7 +105,8 @@ class Trainer:
     def build(cls, parts: Run, student: nn.Module, should_stop: Callable[[], bool]) -> "Trainer":
         """Everything a training needs, in the state of the newest checkpoint if there is one."""
         config, place, log = parts.config, parts.place, parts.log
-        parts.heartbeat.beat("opening data", 0)
+        opening = partial(parts.heartbeat.beat, "opening data", 0)
+        opening()
         loader = make_train_loader(
             config.data,
             batch_size=config.train.batch_size,
@@ -110,14 +116,14 @@ class Trainer:
             seed=config.run.seed,
             device=place.device,
             workers=place.workers,
+            beat=opening,
         )
+        distributed.meet(opening)
         parts.heartbeat.beat("building networks", 0)
         compiled = compiles(config.train, loader.steps_per_epoch, place.device)
         teacher = _build_teacher(parts)
         if teacher is not None and compiled:
             teacher.compile_folded()
-        if config.train.sync_bn and place.device.type == "cpu" and place.world_size > 1:
-            log.say("train.sync_bn: ignored, batch norm is not synchronised on the CPU")
         if config.train.activation_budget < 1 and not compiled:
             log.say("train.activation_budget: ignored, the student is not compiled (train.compile=true compiles it)")
         engine = Engine(
@@ -197,7 +203,7 @@ class Trainer:
         while progress.step_in_epoch < self.loader.steps_per_epoch and not self._complete and not guard.stop:
             self._draw_timesteps()
             engine.remember_buffers()
-            done = []
+            measured = []
             for micro_batch in range(config.accumulation):
                 heartbeat.beat("waiting for data", progress.global_step)
                 images_BCHW, labels_B = meter.wait_for(batches)
@@ -211,7 +217,7 @@ class Trainer:
                 terms = self.loss(logits_TBK, teacher_logits_BK, labels)
                 guard.watch(terms.total)
                 engine.backward(terms.total)
-                done.append((terms, logits_TBK.detach(), labels))
+                measured.append(meter.measure(terms, logits_TBK, labels))
             heartbeat.beat("agreeing", progress.global_step)
             samples = partial(self.loader.samples, progress.epoch, progress.step_in_epoch)
             skip = guard.agree(progress.global_step, samples)
@@ -222,8 +228,8 @@ class Trainer:
                     f"step {progress.global_step + 1} skipped: its loss is not finite ({guard.skipped} so far)"
                 )
             else:
-                for parts in done:
-                    meter.add(*parts)
+                for values in measured:
+                    meter.add(values)
             progress.step_in_epoch += 1
             progress.global_step += 1
             meter.step(progress.epoch, progress.step_in_epoch, progress.global_step, engine.learning_rate)

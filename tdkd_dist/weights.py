@@ -133,6 +133,8 @@ def read_tensors(path: str | os.PathLike[str], key: str, wrappers: Sequence[str]
 def fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy `tensors` into the model; `ValueError`, starting with `where`, naming what does not fit."""
     own = model.state_dict()
+    # A learned leak is a scalar in older files and in spikingjelly's.
+    tensors = {n: t.reshape(1) if t.ndim == 0 and n in own and own[n].ndim == 1 else t for n, t in tensors.items()}
     # Files from before batch norm counted its batches lack the count, which only momentum=None reads.
     missing = [n for n in own if n not in tensors and not n.endswith("num_batches_tracked")]
     extra = [n for n in tensors if n not in own]
@@ -154,7 +156,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
         faults.append("has " + _some([f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}" for n in shapes]))
     if faults:
         raise ValueError(f"{where}: {'; '.join(faults)}")
-    model.load_state_dict(dict(tensors), strict=False)
+    model.load_state_dict(tensors, strict=False)
 
 
 def convert_released(tensors: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from tdkd_dist.config import DataConfig
+from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.beton import write
 from tdkd_dist.data.loaders import (
-    Batch,
     Reader,
     TrainLoader,
     make_train_loader,

@@ -21,10 +21,11 @@ from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import DataConfig, TeacherConfig
 from tdkd_dist.engine import Engine
 from tdkd_dist.losses import TemporalDistillationLoss
-from tdkd_dist.neurons import SpikingNeuron
+from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.recipe import load_config
 from tdkd_dist.students import choose_recomputed, spiking_names
 from tdkd_dist.teachers import create_teacher
+from tdkd_dist.tracking import Log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = {"sew_resnet101", "sew_resnet152"}
@@ -241,3 +242,37 @@ def by_hand(logits_TBK, teacher_BK, labels, alpha, beta, tau):
             p_BK, log_q_BK = F.softmax(target_BK / tau, 1), F.log_softmax(logits_BK / tau, 1)
             total = total + weight * tau**2 * (p_BK * (p_BK.log() - log_q_BK)).sum() / B / T
     return total
+
+
+def test_more_than_eight_versions_stay_compiled(monkeypatch, tmp_path):
+    """Dynamo's own limit is 8: with ten numbers of timesteps the last two would silently run eager."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    counter, compile_ = CompileCounter(), torch.nn.Module.compile
+    asked = {}
+
+    def counted(self, **keywords):
+        asked.update(keywords)
+        compile_(self, backend=counter, dynamic=keywords["dynamic"])
+
+    monkeypatch.setattr(torch.nn.Module, "compile", counted)
+    log = Log(tmp_path / "log.txt")
+    log.take_over_logging()
+    net = SpikingNeuron(NeuronConfig(), 1)
+    compile_training(net)
+
+    def run(steps: int, size: int = 8) -> None:
+        net.num_timesteps = steps
+        net(torch.randn(steps * 2, 3, size, size, requires_grad=True)).sum().backward()
+
+    for steps in range(1, 11):
+        for size in (4, 8):
+            run(steps, size)
+    assert counter.frame_count == 20
+    assert not (tmp_path / "log.txt").exists()
+    with torch._dynamo.config.patch(cache_size_limit=20):
+        run(11)
+        run(12)
+    assert counter.frame_count == 20
+    assert (tmp_path / "log.txt").read_text().count("runs uncompiled") == 1

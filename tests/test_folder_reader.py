@@ -1,8 +1,12 @@
 """AutoAugment in the DataLoader path, on a CIFAR archive: torchvision's own transform is the oracle."""
 
 import io
+import multiprocessing
+import os
 import pickle
+import signal
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +119,19 @@ def test_validation_is_left_as_it_is(archive: Path) -> None:
 def test_auto_augment_with_ffcv_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^data.auto_augment=cifar10: FFCV has none; set data.format=imagefolder$"):
         DataConfig(auto_augment="cifar10")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_rank_loses_no_batch(archive, number):
+    loader = make_train_loader(
+        cifar(archive), batch_size=4, micro_batch=4, rank=0, world_size=1, seed=0, device=CPU, workers=2
+    )
+    batches = loader.epoch(0)
+    next(batches)
+    for process in multiprocessing.active_children():
+        assert process.pid is not None
+        os.kill(process.pid, number)
+    time.sleep(0.5)
+    left = sum(1 for _ in batches)
+    loader.close()
+    assert left == loader.steps_per_epoch - 1

@@ -19,6 +19,7 @@ def run(code: str) -> str:
         "import tdkd_dist, importlib.util; importlib.util.find_spec('timm'); import timm;"
         " print(timm.is_model('sew_resnet34'))",
         "from tdkd_dist.students import create_student; import timm; print(timm.is_model('ms_resnet18'))",
+        "from tdkd_dist.batch_norm import synchronise; import timm; print(timm.is_model('sew_resnet34'))",
     ],
 )
 def test_the_students_are_timms_whatever_is_imported_first(code):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
+from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.crops import Ints
 from tdkd_dist.data.jitter import ColorJitter, jitter
-from tdkd_dist.data.loaders import Batch, TrainLoader
+from tdkd_dist.data.loaders import TrainLoader
 
 STEPS = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
 

@@ -8,7 +8,7 @@ import torch
 
 from tdkd_dist.config import Config, LossConfig
 from tdkd_dist.follow import LogTail, _bar
-from tdkd_dist.job import CACHES, Job, _SignalFlags, cores_per_rank, is_users_mistake, keep_caches_local
+from tdkd_dist.job import CACHES, Job, _SignalFlags, is_users_mistake, keep_caches_local
 from tdkd_dist.scheduler import warn_of_short_notice
 from tdkd_dist.tracking import PROGRESS_PREFIX
 
@@ -67,12 +67,6 @@ def test_compiled_code_is_not_taken_from_a_folder_of_somebody_elses(tmp_path, mo
     (tmp_path / f"tdkd-dist-{stranger}").mkdir()
     keep_caches_local()
     assert not set(CACHES) & set(os.environ)
-
-
-def test_every_rank_has_a_core():
-    cores = len(os.sched_getaffinity(0))
-    assert cores_per_rank(1) == cores
-    assert cores_per_rank(10**6) == 1
 
 
 def test_a_followed_log_shows_whole_new_lines_once(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """What goes wrong with a set, a sample or a thread, and what loading needs of the machine."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +20,6 @@ from tdkd_dist.data import layout, staging
 from tdkd_dist.data.beton import WriteOptions, check_beton, write
 from tdkd_dist.data.loaders import (
     Reader,
-    default_workers,
     make_train_loader,
     make_val_loader,
 )
@@ -186,7 +185,7 @@ def test_staging_copies_once_a_node(folder: Path, tmp_path: Path, monkeypatch: p
 def test_staging_tells_what_is_wrong(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"^data\.stage_to=/proc/x: "):
         staged(folder / "7.beton", "/proc/x")
-    monkeypatch.setattr(staging, "_checksum", lambda path: 0)
+    monkeypatch.setattr(staging, "_checksum", lambda path, beat: 0)
     with pytest.raises(ValueError, match=r"the copy of .* differs from it"):
         staged(folder / "7.beton", str(tmp_path))
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))  # type: ignore[attr-defined]
@@ -222,17 +221,75 @@ except ValueError as error:
     assert "data.format=imagefolder" in lines[1]
 
 
-def test_workers_follow_the_affinity() -> None:
-    cores = os.sched_getaffinity(0)
-    assert default_workers(1) == len(cores)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        assert default_workers(1) == default_workers(4) == 1
-    finally:
-        os.sched_setaffinity(0, cores)
-
-
 def test_the_folder_reader_reads_any_source(folder: Path) -> None:
     source = FolderSource(folder / "7")
     assert source.labels.tolist() == list(range(7))
     assert np.array_equal(source.read(3), Numbered(7).read(3))
+
+
+class OneGpu:
+    """Stands in for `torch.cuda` as FFCV sees it: every call must come from a thread that has chosen its device."""
+
+    def __init__(self, mine: int) -> None:
+        self._mine, self._chosen = mine, threading.local()
+        self._chosen.index = mine  # the main thread's, by `torch.cuda.set_device` at the rank's start
+        self.calls = 0
+
+    def set_device(self, device: torch.device) -> None:
+        self._chosen.index = device.index
+
+    def _use(self, *_: object, **__: object) -> "OneGpu":
+        index = getattr(self._chosen, "index", 0)
+        assert index == self._mine, f"opens a context on device {index}"
+        self.calls += 1
+        return self
+
+    current_stream = Stream = stream = Event = synchronize = wait_stream = record = wait = __enter__ = _use
+
+    def __exit__(self, *_: object) -> None:
+        self._use()
+
+
+@pytest.mark.slow
+def test_ffcvs_thread_uses_the_ranks_gpu_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ffcv")
+    from ffcv.loader import epoch_iterator
+
+    loader = make_val_loader(config(folder, 203), batch_size=7, rank=0, world_size=1, device=CPU, workers=2)
+    gpu = OneGpu(3)
+    monkeypatch.setattr(epoch_iterator, "IS_CUDA", True)
+    monkeypatch.setattr(epoch_iterator, "ch", SimpleNamespace(cuda=gpu))
+    monkeypatch.setattr(torch.cuda, "set_device", gpu.set_device)
+    monkeypatch.setattr(loader._reader, "_device", torch.device("cuda", 3), raising=False)
+    assert [index for index, _ in seen(loader)] == list(range(203))
+    assert gpu.calls > 4 * 29
+    loader.close()
+
+
+SLOW_COPY = """
+import sys, time, zlib
+from functools import partial
+from pathlib import Path
+from tdkd_dist.data import staging
+from tdkd_dist.heartbeat import Heartbeat
+
+def slow(chunk, checksum, crc32=zlib.crc32):
+    time.sleep(0.4)
+    return crc32(chunk, checksum)
+
+beton, cache = map(Path, sys.argv[1:])
+staging.CHUNK = beton.stat().st_size // 6
+staging.zlib.crc32 = slow
+with Heartbeat(cache / "signs", rank=0, timeout_s=1.5) as heartbeat:
+    staging.staged(beton, str(cache), partial(heartbeat.beat, "opening data", 0))
+"""
+
+
+@pytest.mark.slow
+def test_a_copy_may_take_longer_than_a_rank_may_stand_still(folder: Path, tmp_path: Path) -> None:
+    """Both the rank that copies and the one that waits for it; the copy takes 2.4 s at the least."""
+    command = [sys.executable, "-c", SLOW_COPY, str(folder / "203.beton"), str(tmp_path)]
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for rank in ranks:
+        _, said = rank.communicate(timeout=120)
+        assert rank.returncode == 0, said

@@ -95,13 +95,38 @@ def test_without_a_network_the_user_is_told_what_to_do(tmp_path, monkeypatch):
         fetch_weights("resnet34.tv_in1k")
 
 
-@pytest.mark.slow
-def test_folded_and_compiled_it_computes_the_same():
+def normalising_teacher() -> Teacher:
+    """One whose batch norms do something."""
+    torch.manual_seed(0)
     teacher = create_teacher(TeacherConfig(name="resnet10t", pretrained=False), DataConfig(), num_classes=5, in_chans=3)
     for module in teacher.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # a new one does nothing
+        if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -1, 1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+            torch.nn.init.uniform_(module.running_var, 0.01, 4)
+            torch.nn.init.uniform_(module.weight, 0.1, 1)
+    return teacher
+
+
+@pytest.mark.slow
+def test_compiled_in_bf16_it_errs_no_more_than_eager():
+    torch.compiler.reset()
+    teacher, x = normalising_teacher(), torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    exact = teacher(x)
+
+    def error() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            return (teacher(x).float() - exact).square().mean().sqrt().item() / exact.std().item()
+
+    eager = error()
+    teacher.compile_folded()
+    assert 0 < eager < 0.1
+    assert error() < 1.15 * eager
+
+
+@pytest.mark.slow
+def test_folded_and_compiled_it_computes_the_same():
+    torch.compiler.reset()
+    teacher = normalising_teacher()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     expected = teacher(x)
     teacher.compile_folded()

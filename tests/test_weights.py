@@ -102,6 +102,17 @@ def test_a_student_comes_back(config, tmp_path):
         assert again.neuron == NeuronConfig(**described["neuron"])
 
 
+def test_a_learned_leak_may_be_a_scalar_in_the_file(tmp_path):
+    """As in older files and in spikingjelly's."""
+    config = StudentConfig("sew_resnet8", neuron=NeuronConfig("plif"), **SMALL)
+    net, again = trained(config), create_student(config)
+    tensors = {n: t.reshape(()) if n.endswith(".w") else t for n, t in net.state_dict().items()}
+    torch.save(tensors, tmp_path / "old.pth")
+    load_weights(again, tmp_path / "old.pth", "student.checkpoint")
+    assert all(torch.equal(t, net.state_dict()[n]) for n, t in again.state_dict().items())
+    create_student(config).load_state_dict(tensors)
+
+
 def test_a_file_appears_whole_or_not_at_all(student, tmp_path, monkeypatch):
     config, net = student
     path = tmp_path / "student.safetensors"

@@ -160,7 +160,7 @@ def timed(step: Any, x_BCHW: torch.Tensor, labels_B: torch.Tensor, steps: int, c
     return (time.perf_counter() - started) / steps
 
 
-def allocated_mib(step: Callable[[], None]) -> float:
+def allocated_mib(step: Callable[[], object]) -> float:
     """The most that tensors allocated within a step take up on the processor, beyond what was there before.
 
     By the allocator: resident memory also counts what malloc keeps, which varies by a third from run to run.

@@ -124,8 +124,8 @@ def count_images(config: Config) -> tuple[int, int]:
 
 
 def synced_norms(config: Config) -> int:
-    """How many batch norms are synchronised between GPUs."""
-    if not (config.train.sync_bn and config.launcher.gpus_per_node):
+    """How many batch norms are synchronised between ranks."""
+    if not config.train.sync_bn:
         return 0
     return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in create_student(config.student).modules())
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# A real Slurm of two nodes on this machine, to try launches on and for the tests.
+# A real Slurm of two nodes on this machine, to try launches on and for the tests. As on most clusters, it takes jobs
+# that can never start, requeues none that doesn't ask for it, and preempts those of partition low for those of main.
 #   eval "$(tools/slurm_sandbox.sh up)"    start it, and point this shell's sbatch at it
 #   tools/slurm_sandbox.sh status          nodes and jobs
 #   tools/slurm_sandbox.sh down            stop it and remove its files
@@ -49,7 +50,7 @@ SlurmctldPort=16817
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
-AuthInfo=socket=$home/munge/socket,cred_expire=10
+AuthInfo=socket=$home/munge/socket,cred_expire=5
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -62,15 +63,24 @@ StateSaveLocation=$home/state
 SlurmctldLogFile=$home/log/slurmctld.log
 SlurmdLogFile=$home/log/slurmd-%n.log
 SlurmdTimeout=15
+SchedulerParameters=sched_interval=3,bf_interval=3
 MpiDefault=none
 ReturnToService=2
-EnforcePartLimits=ALL
-PartitionName=main Nodes=$(echo $nodes | tr ' ' ,) Default=YES MaxTime=1-00:00:00 State=UP
-PartitionName=closed Nodes=$(echo $nodes | tr ' ' ,) AllowAccounts=nobody State=UP
+EnforcePartLimits=NO
+JobRequeue=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+PartitionName=main Nodes=ALL Default=YES PriorityTier=2 MaxTime=1-00:00:00 State=UP
+PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=60 State=UP
+PartitionName=closed Nodes=ALL AllowAccounts=nobody State=UP
 END
+    # Two devices that every machine has stand in for GPUs: Slurm hands out their numbers.
+    echo "Name=gpu File=/dev/null" >"$home/gres.conf"
+    echo "Name=gpu File=/dev/zero" >>"$home/gres.conf"
     port=17001
     for node in $nodes; do
-        echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$port CPUs=$(nproc) State=UNKNOWN" >>"$conf"
+        echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$port CPUs=$(nproc) Gres=gpu:2 State=UNKNOWN" >>"$conf"
         port=$((port + 1))
     done
 }

@@ -34,7 +34,8 @@ from tdkd_dist.teachers import Teacher, create_teacher
 from tdkd_dist.train import make_loss
 from tdkd_dist.validate import as_timesteps
 
-Step = Callable[[Tensor, Tensor], None]
+Step = Callable[[Tensor, Tensor], Tensor | None]
+"""One step on images and labels; some give the loss."""
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -64,8 +65,11 @@ def full(options: argparse.Namespace) -> Step:
 
 def make_step(
     config: Config, device: torch.device, *, compiled: bool, layout: torch.memory_format = torch.channels_last
-) -> Step:
-    """A run's optimiser step on this rank, with a teacher of random weights; the process group must exist."""
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A run's optimiser step on this rank, with a teacher of random weights; the process group must exist.
+
+    It takes the images once for each of the run's micro-batches, and gives the last loss, on the device.
+    """
     torch.manual_seed(0)
     student = create_student(config.student).to(device)
     choose_recomputed(student, config)
@@ -84,16 +88,18 @@ def make_step(
     loss = make_loss(config)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config, device))
 
-    def step(images_BCHW: Tensor, labels_B: Tensor) -> None:
-        with record_function("teacher"), autocast:
-            teacher_logits_BK = teacher(images_BCHW) if teacher is not None else None
-        with record_function("student"):
-            logits_TBK = as_timesteps(engine.forward(images_BCHW))
-        with record_function("loss"):
-            total = loss(logits_TBK, teacher_logits_BK, labels_B).total
-        engine.backward(total)
+    def step(images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        for _ in range(config.accumulation):
+            with record_function("teacher"), autocast:
+                teacher_logits_BK = teacher(images_BCHW) if teacher is not None else None
+            with record_function("student"):
+                logits_TBK = as_timesteps(engine.forward(images_BCHW))
+            with record_function("loss"):
+                total: Tensor = loss(logits_TBK, teacher_logits_BK, labels_B).total
+            engine.backward(total)
         with record_function("optimiser"):
             engine.update()
+        return total.detach()
 
     return step
 

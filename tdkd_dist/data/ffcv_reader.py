@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.crops import (
     DOWN,
     ERASE_HEIGHT,
@@ -52,7 +52,7 @@ class FfcvReader:
         from ffcv.loader import Loader, OrderOption
         from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
 
-        self.path, self.rule = path, rule
+        self.path, self.rule, self._device = path, rule, device
         on_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
         self._decoder = _decoder_class()(rule)
         workers = _as_compiled_before(workers)
@@ -73,8 +73,8 @@ class FfcvReader:
         self._plan_node = next(node.id for node in nodes if getattr(node, "decoder", None) is self._decoder)
         self._open: Any = None
 
-    def batches(self, order: Ints, epoch: int) -> Generator[tuple[Tensor, Tensor]]:
-        """The samples `order` in batches: images [B, 3, H, W] uint8, labels [B].
+    def batches(self, order: Ints, epoch: int) -> Generator[Batch]:
+        """The samples `order` in batches.
 
         Raises `ValueError` naming a sample that cannot be decoded, `RuntimeError` when the thread dies or stalls.
         """
@@ -84,12 +84,13 @@ class FfcvReader:
         threads = torch.get_num_threads()
         # FFCV asks the decoder for its shape whenever it allocates an epoch's buffers.
         self._decoder.size = self.rule.size_at(epoch)
-        self._open = iterator = _iterator_class()(self._loader, order, self._plan_node, self._plan_for(epoch))
+        plan = self._plan_for(epoch)
+        self._open = iterator = _iterator_class()(self._loader, order, self._plan_node, plan, self._device)
         try:
             for images_BCHW, labels_B1 in iterator:
                 # FFCV's thread sets the thread count of the whole process when it starts.
                 torch.set_num_threads(threads)
-                yield images_BCHW, labels_B1.flatten()
+                yield Batch(images_BCHW, labels_B1.flatten())
         finally:
             iterator.close()
 
@@ -230,14 +231,18 @@ def _iterator_class() -> Any:
     class GuardedIterator(EpochIterator):  # type: ignore[misc]
         """FFCV's loader thread, with a plan for each batch, an ear for its errors and an end."""
 
-        def __init__(self, loader: Any, order: Ints, plan_node: int, plan: Callable[[Ints], Ints]):
-            self._plan_node, self._plan = plan_node, plan
+        def __init__(
+            self, loader: Any, order: Ints, plan_node: int, plan: Callable[[Ints], Ints], device: torch.device
+        ):
+            self._plan_node, self._plan, self._device = plan_node, plan, device
             self._error: BaseException | None = None
             super().__init__(loader, order)
 
         def run(self) -> None:
             try:
-                if torch.cuda.is_available():
+                if self._device.type == "cuda":
+                    # A thread starts on device 0, and would open a context there, half a gigabyte for every rank.
+                    torch.cuda.set_device(self._device)
                     # The buffers may be memory that kernels of the last epoch still read.
                     self.current_stream.synchronize()
                 super().run()
@@ -251,6 +256,10 @@ def _iterator_class() -> Any:
             plans_BP = self.memory_allocations["operation"][self._plan_node][1][batch_slot][: len(batch_indices)]
             plans_BP[:, :DECODED] = self._plan(batch_indices)
             result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+            if self._device.type == "cuda":
+                # FFCV would only make the GPU wait, and could then overwrite pinned memory that is still being sent.
+                # Here, and not where the batch is taken: the training loop must not wait.
+                self.cuda_streams[batch_slot].synchronize()
             broken = batch_indices[plans_BP[:, DECODED] != 0]
             if len(broken):
                 raise ValueError(f"sample {broken[0]} cannot be decoded; see tools/write_beton.py --verify")
@@ -261,10 +270,7 @@ def _iterator_class() -> Any:
             if item is None:
                 self.close()
                 raise StopIteration
-            slot, result = item
-            if torch.cuda.is_available():
-                # FFCV only makes the GPU wait; its thread could then overwrite pinned memory that is still being sent.
-                self.cuda_streams[slot].synchronize()
+            _, result = item
             return result
 
         def _wait(self) -> Any:

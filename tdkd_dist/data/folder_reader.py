@@ -4,6 +4,7 @@ Only the interpolation differs: Pillow's bilinear with antialiasing here, OpenCV
 Shapes: B pictures, H x W pixels, P columns of a plan.
 """
 
+import signal
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,15 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.crops import DOWN, ERASE_TOP, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, CropRule, Ints
 from tdkd_dist.data.jitter import augment_seed
 from tdkd_dist.data.sources import Image, Source
 
 STALL_SECONDS = 600
 """Longest wait for a batch from a process that still lives."""
+
+LINGER_SECONDS = 120
+"""How long a process goes on after it was asked to end."""
 
 Item = tuple[int, int]
 """(epoch, index): what the sampler hands to the processes, which outlive an epoch."""
@@ -49,10 +53,11 @@ class FolderReader:
             pin_memory=device.type == "cuda",
             persistent_workers=True,
             timeout=STALL_SECONDS,
+            worker_init_fn=_outlive_signals,
         )
 
-    def batches(self, order: Ints, epoch: int) -> Generator[tuple[Tensor, Tensor]]:
-        """The samples `order` in batches: images [B, 3, H, W] uint8, labels [B].
+    def batches(self, order: Ints, epoch: int) -> Generator[Batch]:
+        """The samples `order` in batches.
 
         Raises `ValueError` naming a picture that cannot be read, `RuntimeError` when a process dies.
         """
@@ -62,7 +67,7 @@ class FolderReader:
         try:
             for images_BHWC, labels_B in self._loader:
                 images_BCHW = images_BHWC.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-                yield images_BCHW, labels_B.to(self._device, non_blocking=True)
+                yield Batch(images_BCHW, labels_B.to(self._device, non_blocking=True))
         except ValueError as error:
             # The DataLoader's message is the traceback of its process; the last line is ours.
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
@@ -74,6 +79,14 @@ class FolderReader:
         if iterator is not None:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._loader._iterator = None
+
+
+def _outlive_signals(worker: int) -> None:
+    """Slurm signals all processes of a rank, which still needs this one until it has saved and ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # torch's own handler ends the process, and the rank with it. Not ignored: one that hangs is ended by TERM.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LINGER_SECONDS))
 
 
 class _Sampler(Sampler[list[Item]]):

@@ -4,6 +4,7 @@ Shapes: B pictures, C = 3 channels, H and W pixels.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -39,9 +40,9 @@ def jitter(images_BCHW: Tensor, factors_B3: Tensor, orders_B3: Tensor) -> Tensor
     Each of the three moves a picture away from or towards a reference: black, its mean luma, its luma.
     """
     B = len(images_BCHW)
-    factors_B3 = factors_B3.to(images_BCHW.device, torch.float32)
-    orders_B3 = orders_B3.to(images_BCHW.device)
-    luma_C11 = torch.tensor(_LUMA, device=images_BCHW.device).view(3, 1, 1)
+    factors_B3 = _sent(factors_B3.float(), images_BCHW.device)
+    orders_B3 = _sent(orders_B3, images_BCHW.device)
+    luma_C11 = _luma(images_BCHW.device).view(3, 1, 1)
     x_BCHW = images_BCHW.float()
     for k in range(3):
         which_B111 = orders_B3[:, k].view(B, 1, 1, 1)
@@ -51,6 +52,16 @@ def jitter(images_BCHW: Tensor, factors_B3: Tensor, orders_B3: Tensor) -> Tensor
         reference_B1HW = torch.where(which_B111 == 0, 0.0, torch.where(which_B111 == 1, mean_B111, grey_B1HW))
         x_BCHW = (factor_B111 * x_BCHW + (1 - factor_B111) * reference_B1HW).clamp_(0, 255)
     return x_BCHW.round_().to(torch.uint8)
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on the device, without waiting for the work queued there, which a copy from pageable memory does."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+@cache
+def _luma(device: torch.device) -> Tensor:
+    return torch.tensor(_LUMA, device=device)
 
 
 def augment_seed(seed: int, epoch: int, index: int) -> int:

@@ -6,25 +6,21 @@ ranks see exactly the micro-batches that one rank with twice the accumulation se
 (seed, epoch, sample index), see `crops`.
 """
 
-import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tdkd_dist.config import DataConfig
+from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.checks import check_classes, say_where_it_is_cached
 from tdkd_dist.data.crops import CropRule, Ints
 from tdkd_dist.data.jitter import ColorJitter
 from tdkd_dist.data.manifest import check_beton
 from tdkd_dist.data.sources import Source, open_source
 from tdkd_dist.data.staging import staged
-
-Batch = tuple[Tensor, Tensor]
-"""Images uint8 [b, 3, H, W], channels_last, and labels int64 [b]; valid until the next one is asked for."""
 
 
 class Reader(Protocol):
@@ -109,7 +105,7 @@ def _jittered(batches: Generator[Batch], jitter: ColorJitter, order: Ints, epoch
         for images_BCHW, labels_B in batches:
             indices_B = order[position : position + len(labels_B)]
             position += len(labels_B)
-            yield jitter(images_BCHW, epoch, indices_B), labels_B
+            yield Batch(jitter(images_BCHW, epoch, indices_B), labels_B)
     finally:
         batches.close()
 
@@ -134,14 +130,18 @@ def make_train_loader(
     seed: int,
     device: torch.device,
     workers: int,
+    beat: Callable[[], None] = lambda: None,
 ) -> TrainLoader:
-    """Open `data.train`; `batch_size` is the global batch. Raises `ValueError` naming the key that is wrong."""
+    """Open `data.train`; `batch_size` is the global batch. `beat` is called while it is copied (`data.stage_to`).
+
+    Raises `ValueError` naming the key that is wrong.
+    """
     if batch_size % world_size or batch_size // world_size % micro_batch:
         raise ValueError(
             f"train.batch_size={batch_size} does not divide over {world_size} ranks in micro-batches of {micro_batch}"
         )
     rule = train_rule(data, seed)
-    reader, num_samples, num_classes = _open("train", data, rule, micro_batch, device, workers)
+    reader, num_samples, num_classes = _open("train", data, rule, micro_batch, device, workers, beat)
     if num_samples < batch_size:
         reader.close()
         raise ValueError(f"train.batch_size={batch_size}: data.train={data.train} holds only {num_samples} samples")
@@ -175,21 +175,29 @@ def train_rule(data: DataConfig, seed: int) -> CropRule:
 
 
 def make_val_loader(
-    data: DataConfig, *, batch_size: int, rank: int, world_size: int, device: torch.device, workers: int
+    data: DataConfig,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    workers: int,
+    beat: Callable[[], None] = lambda: None,
 ) -> ValLoader:
-    """Open `data.val`; `batch_size` is one rank's. Raises `ValueError` naming the key that is wrong."""
+    """Open `data.val`; `batch_size` is one rank's. The rest is as for `make_train_loader`."""
     rule = CropRule(data.image_size, "center", crop_pct=data.crop_pct)
-    reader, num_samples, num_classes = _open("val", data, rule, batch_size, device, workers)
+    reader, num_samples, num_classes = _open("val", data, rule, batch_size, device, workers, beat)
     return ValLoader(reader, num_samples, num_classes, rank=rank, world_size=world_size)
 
 
-def default_workers(ranks_on_node: int) -> int:
-    """Loader threads of one rank: its share of the cores that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
-
-
 def _open(
-    split: str, data: DataConfig, rule: CropRule, batch_size: int, device: torch.device, workers: int
+    split: str,
+    data: DataConfig,
+    rule: CropRule,
+    batch_size: int,
+    device: torch.device,
+    workers: int,
+    beat: Callable[[], None],
 ) -> tuple[Reader, int, int | None]:
     """The reader of `data.train` or `data.val`, with the number of samples and, where known, of classes."""
     key, path = f"data.{split}", data.train if split == "train" else data.val
@@ -211,7 +219,7 @@ def _open(
         return reader, len(source.labels), count_classes(source)
     info = check_beton(path, key)
     check_classes(data, key, info)
-    here = staged(info.path, data.stage_to) if data.stage_to else info.path
+    here = staged(info.path, data.stage_to, beat) if data.stage_to else info.path
     say_where_it_is_cached(key, here)
     try:
         from tdkd_dist.data.ffcv_reader import FfcvReader

@@ -6,8 +6,8 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tdkd_dist.data.manifest import manifest_path
@@ -19,26 +19,27 @@ SAY_EVERY = 10.0
 """Seconds between lines of progress."""
 
 
-def staged(path: Path, folder: str) -> Path:
+def staged(path: Path, folder: str, beat: Callable[[], None] = lambda: None) -> Path:
     """The copy of the beton `path` in `folder` (in which environment variables are expanded).
 
     The first process on a node copies it and compares checksums; the others wait for it. A copy that is already there
-    is used. Raises `ValueError` starting with `data.stage_to=` if it cannot be made.
+    is used. `beat` is called all the while: the copy of ImageNet may take longer than a rank may stand still. Raises
+    `ValueError` starting with `data.stage_to=` if it cannot be made.
     """
     where = Path(os.path.expandvars(folder))
     # Betons of the same name may come from different folders.
     dest = where / f"{path.stem}-{fingerprint([path])[:12]}{path.suffix}"
     try:
         where.mkdir(parents=True, exist_ok=True)
-        with _alone(dest.with_name(f".{dest.name}.lock")):
+        with _alone(dest.with_name(f".{dest.name}.lock"), beat):
             if not dest.exists():
-                _copy(path, dest)
+                _copy(path, dest, beat)
     except OSError as error:
         raise ValueError(f"data.stage_to={where}: {error.strerror or error}") from error
     return dest
 
 
-def _copy(path: Path, dest: Path) -> None:
+def _copy(path: Path, dest: Path, beat: Callable[[], None]) -> None:
     size, free = path.stat().st_size, shutil.disk_usage(dest.parent).free
     if size > free:
         raise ValueError(f"data.stage_to={dest.parent}: {free / 1e9:.1f} GB free, {path} has {size / 1e9:.1f} GB")
@@ -50,6 +51,7 @@ def _copy(path: Path, dest: Path) -> None:
             while chunk := source.read(CHUNK):
                 copy.write(chunk)
                 checksum, done = zlib.crc32(chunk, checksum), done + len(chunk)
+                beat()
                 if time.monotonic() - said > SAY_EVERY:
                     said = time.monotonic()
                     rate = done / (said - start)
@@ -57,7 +59,7 @@ def _copy(path: Path, dest: Path) -> None:
                     text = "copying %s: %.1f of %.1f GB, %.2f GB/s, %.0f s left"
                     logger.info(text, path, done / 1e9, size / 1e9, rate / 1e9, left)
             os.fsync(copy.fileno())
-        if _checksum(partial) != checksum:
+        if _checksum(partial, beat) != checksum:
             raise ValueError(f"data.stage_to={dest.parent}: the copy of {path} differs from it: is the disk sound?")
         if manifest_path(path).exists():
             shutil.copyfile(manifest_path(path), manifest_path(dest))
@@ -67,17 +69,23 @@ def _copy(path: Path, dest: Path) -> None:
     logger.info("copied %s to %s in %.0f s", path, dest, time.monotonic() - start)
 
 
-def _checksum(path: Path) -> int:
+def _checksum(path: Path, beat: Callable[[], None]) -> int:
     checksum = 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             checksum = zlib.crc32(chunk, checksum)
+            beat()
     return checksum
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _alone(lock: Path, beat: Callable[[], None]) -> Iterator[None]:
     """Hold the lock; the kernel frees it when its holder dies, so nobody waits for a process that is gone."""
     with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            beat()
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
         yield

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tdkd_dist.data.loaders import default_workers, make_val_loader
+from tdkd_dist import distributed
+from tdkd_dist.data.loaders import make_val_loader
 from tdkd_dist.data.normalise import Normalise
 from tdkd_dist.losses import ensembles
 from tdkd_dist.report.runs import Floats, RunData
@@ -50,7 +51,7 @@ def running_features(run: RunData, num_images: int) -> tuple[torch.Tensor, Label
         rank=0,
         world_size=max(1, int(run.last["val/samples"]) // num_images),
         device=torch.device("cpu"),
-        workers=data.workers or default_workers(1),
+        workers=data.workers or distributed.cores_per_rank(),
     )
     normalise = Normalise(data.mean, data.std)
     model.set_num_timesteps(run.config.eval_timesteps)

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tdkd_dist import batch_norm  # the module: it imports timm, which may be what imports us
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 
 Block = Callable[[int, int, int, float], "ResidualBlock"]
@@ -156,7 +156,7 @@ class SpikingNet(nn.Module):
             x = self.bn1(self.conv1(x.flatten(0, 1)))
             x = self.maxpool(x if self.sn1 is None else self.sn1(x))
         elif x.ndim == 4:
-            x = batch_norm_repeated(self.bn1, self.conv1(x), T)
+            x = batch_norm.batch_norm_repeated(self.bn1, self.conv1(x), T)
             # Unlike repeat, cat keeps channels_last.
             x = torch.cat([self.maxpool(x)] * T) if self.sn1 is None else self.maxpool(self.sn1(x, constant=True))
         else:
@@ -178,31 +178,6 @@ class SpikingNet(nn.Module):
         """Parameters that timm's optimiser builders must not decay: the learned leaks of PLIF."""
         names = {name for name, m in self.named_modules() if isinstance(m, SpikingNeuron) and m.config.kind == "plif"}
         return {f"{name}.w" for name in names}
-
-
-def batch_norm_repeated(bn: nn.Module, x: Tensor, repeats: int) -> Tensor:
-    """`bn(x)`, leaving the running statistics that `repeats` copies of x in one batch would have left.
-
-    Output, gradients and running mean do not depend on the number of copies; the running variance does, since it is
-    of n/(n-1) times the batch's, n counting every copy (over all ranks, with equal batches, under SyncBatchNorm).
-    """
-    assert isinstance(bn, nn.modules.batchnorm._BatchNorm)
-    before = None if bn.running_var is None else bn.running_var.clone()
-    y: Tensor = bn(x)
-    if not bn.training or bn.running_var is None or before is None or repeats == 1:
-        return y
-    n = x.numel() // x.shape[1]
-    if isinstance(bn, nn.SyncBatchNorm) and dist.is_initialized():
-        n *= dist.get_world_size(bn.process_group)
-    correction = (n - 1) / n * repeats * n / (repeats * n - 1)
-    momentum: float | Tensor | None = bn.momentum
-    if momentum is None:
-        assert bn.num_batches_tracked is not None
-        momentum = 1 / bn.num_batches_tracked.to(before.dtype)
-    kept = before * (1 - momentum)
-    # Through .data, since autograd guards running_var for a backward pass that reads it in eval mode only.
-    bn.running_var.data.copy_(kept + (bn.running_var - kept) * correction)
-    return y
 
 
 def run_keeping_inputs(blocks: nn.Module, x: Tensor) -> Tensor:
@@ -234,7 +209,7 @@ def _put_back_buffers(block: nn.Module) -> Iterator[None]:
         yield  # left by an exception as soon as all that is needed has been computed
     finally:
         for buffer, copied in before:
-            buffer.data.copy_(copied)  # .data: as in `batch_norm_repeated`
+            buffer.data.copy_(copied)  # .data: as in `batch_norm.batch_norm_repeated`
 
 
 class TemporalDropPath(nn.Module):

@@ -148,3 +148,32 @@ def fill_the_disk(rank: int, world_size: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_a_full_disk_costs_one_checkpoint_and_nothing_else(small_disk):
     run_ranks(fill_the_disk, 2, small_disk)
+
+
+def restore_from_another_gpu(rank: int, world_size: int, folder: Path) -> None:
+    """A checkpoint whose tensors all say that they were on GPU 5, which is not here."""
+    engine = small_engine(world_size)
+    engine.backward(engine.forward(torch.randn(2, 3, 16, 16)).square().mean())
+    engine.update()
+    before = {name: value.clone() for name, value in engine.student.state_dict().items()}
+    location_tag = torch.serialization.location_tag
+    torch.serialization.location_tag = lambda storage: "cuda:5"
+    try:
+        assert checkpoint.save(folder, engine, Progress(global_step=1), keep=2, best=False, say=print)
+    finally:
+        torch.serialization.location_tag = location_tag
+    with pytest.raises(RuntimeError, match="deserialize object on a CUDA device"):
+        torch.load(folder / "step-00000001" / f"rank-{rank}.pt", weights_only=False)
+    again = small_engine(world_size)
+    with torch.no_grad():
+        for value in again.student.state_dict().values():
+            value.zero_()
+    assert checkpoint.restore(folder, again, print) == Progress(global_step=1)
+    for name, value in again.student.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_gpu_is_restored_where_that_gpu_is_not(tmp_path):
+    """One node of eight GPUs, then two of four; or a CPU."""
+    run_ranks(restore_from_another_gpu, 2, tmp_path)

@@ -14,7 +14,8 @@ from ranks import run_ranks
 
 from tdkd_dist.config import Config, LauncherConfig, OptimConfig, StudentConfig, TrainConfig
 from tdkd_dist.losses import TemporalDistillationLoss
-from tdkd_dist.students import create_student
+from tdkd_dist.neurons import NeuronConfig
+from tdkd_dist.students import create_student, spiking_names
 
 STEPS, BATCH, MICRO = 3, 8, 4
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-2
@@ -224,3 +225,122 @@ def test_weight_decay_skips_norms_and_biases():
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in student.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+
+
+def one_step(rank: int, world_size: int, students: list[tuple[str, str]]) -> None:
+    from tdkd_dist.engine import Engine
+
+    loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
+    for name, kind in students:
+        config = make_config(world_size)
+        config.student = StudentConfig(
+            name, num_classes=5, num_timesteps=2, width=8, neuron=NeuronConfig(kind), zero_init_last=False
+        )
+        torch.manual_seed(0)
+        engine = Engine(
+            create_student(config.student).train(),
+            config,
+            device=torch.device("cpu"),
+            steps_per_epoch=9,
+            compiled=False,
+        )
+        start = snapshot(engine.student)
+        images = torch.randn(MICRO, 3, 32, 32, generator=torch.Generator().manual_seed(rank))
+        engine.backward(loss(engine.forward(images), None, torch.arange(MICRO)).total)
+        engine.update()
+        for parameter, value in snapshot(engine.student).items():
+            others = value.clone()
+            dist.broadcast(others, src=0)
+            assert torch.equal(value, others), (name, kind, parameter)
+            assert torch.isfinite(value).all(), (name, kind, parameter)
+        moved = [
+            parameter
+            for parameter, value in start.items()
+            if not torch.equal(value, snapshot(engine.student)[parameter])
+        ]
+        assert len(moved) > 0.9 * len(start), (name, kind, set(start) - set(moved))
+        assert kind != "plif" or any(parameter.endswith(".w") for parameter in moved)
+
+
+@pytest.mark.slow
+def test_every_student_and_kind_of_neuron_takes_an_optimiser_step():
+    """Two ranks, batch norms synchronised, as on GPUs."""
+    run_ranks(
+        one_step, 2, [*((name, "plif") for name in spiking_names()), ("sew_resnet8", "if"), ("ms_resnet18", "lif")]
+    )
+
+
+class WaitedError(RuntimeError):
+    """Somebody waited for the device."""
+
+
+def wait_for_nothing(rank: int, world_size: int, stages: tuple[int, ...]) -> None:
+    """Seven steps of two micro-batches, Dynamo tracing what it would on a GPU: DeepSpeed's hooks too."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from torch._dynamo.testing import CompileCounter
+
+    from tdkd_dist import engine as module
+
+    def synchronize(self: object, device_index: int | None = None) -> None:
+        raise WaitedError
+
+    CPU_Accelerator.synchronize = synchronize
+    for stage in stages:
+        torch.compiler.reset()
+        counter = CompileCounter()
+        module.compile_training = lambda net, budget, counter=counter: net.compile(backend=counter)
+        config = make_config(world_size, zero_stage=stage)
+        config.train.micro_batch = 2
+        engine = module.Engine(make_student(), config, device=torch.device("cpu"), steps_per_epoch=100, compiled=True)
+        loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
+        for step in range(7):
+            for micro in range(config.accumulation):
+                images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(10 * step + micro + rank))
+                images = images.to(memory_format=torch.channels_last)
+                engine.backward(loss(engine.forward(images), None, torch.tensor([0, 1])).total)
+            engine.update()
+        assert engine.global_step == 7
+        assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_deepspeed_never_waits_for_the_device_and_its_hooks_cost_no_graph():
+    """Its throughput timer would from the third step on, in a hook in which Dynamo dies."""
+    run_ranks(wait_for_nothing, 2, (0, 1))
+
+
+def gradients_travel_in_fp32(rank: int, world_size: int, stages: tuple[int, ...]) -> None:
+    from tdkd_dist.engine import Engine
+
+    sent: list[torch.dtype] = []
+    for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_gather"):
+        monitored(name, sent)
+    for stage in stages:
+        sent.clear()
+        config = make_config(world_size, zero_stage=stage)
+        config.train.precision = "bf16"
+        engine = Engine(make_student(), config, device=torch.device("cpu"), steps_per_epoch=100, compiled=False)
+        images, labels = make_batches()
+        logits = engine.forward(images[0, rank])
+        assert logits.dtype == torch.bfloat16
+        engine.backward(TemporalDistillationLoss(0.0, 0.5, 1.0)(logits, None, labels[0, rank]).total)
+        engine.update()
+        assert sent
+        assert torch.bfloat16 not in sent
+
+
+def monitored(name: str, sent: list[torch.dtype]) -> None:
+    real = getattr(dist, name)
+
+    def call(*arguments, **keywords):
+        for argument in (*arguments, *keywords.values()):
+            tensors = argument if isinstance(argument, list) else [argument]
+            sent.extend(t.dtype for t in tensors if isinstance(t, torch.Tensor))
+        return real(*arguments, **keywords)
+
+    setattr(dist, name, call)
+
+
+@pytest.mark.slow
+def test_gradients_travel_in_fp32_under_autocast():
+    run_ranks(gradients_travel_in_fp32, 2, (0, 1, 2))

@@ -1,4 +1,6 @@
-"""The GPU path: nccl, bf16, SyncBN, channels_last, and a few steps of the ImageNet recipe on synthetic pictures.
+"""The GPU path: nccl, bf16, batch norms over ranks, channels_last, and the ImageNet recipe on synthetic pictures.
+
+Every run takes six steps of two micro-batches: DeepSpeed does other things from the third step on, and on accumulation.
 
 Needs torch, timm, DeepSpeed, OmegaConf and Pillow alone, so that it also runs where ffcv, submitit or W&B are not.
 """
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from tdkd_dist import distributed
+from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.losses import TemporalDistillationLoss
 from tdkd_dist.recipe import load_config
@@ -18,6 +21,8 @@ from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.students import create_student
 from tdkd_dist.tracking import read_rows
 from tdkd_dist.weights import load_student
+
+STEPS = 6
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,7 +61,7 @@ def imagenet_config(tree: Path, *overrides: str):
             "launcher.gpus_per_node=1",
             "train.batch_size=32",
             "train.micro_batch=16",
-            "train.max_steps=3",
+            f"train.max_steps={STEPS}",
             "train.log_every=1",
             "optim.lr=0.01",
             "teacher.pretrained=false",
@@ -80,45 +85,62 @@ def train(config) -> list[dict[str, float]]:
     return read_rows(folder.metrics_file)
 
 
-def test_a_few_steps_of_the_imagenet_recipe_in_bf16(tree):
-    config = imagenet_config(tree)
-    rows = train(config)
+def losses_of(rows: list[dict[str, float]]) -> list[float]:
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    assert len(losses) == 3
+    assert len(losses) == STEPS
     assert all(np.isfinite(losses))
+    return losses
+
+
+def test_steps_of_the_imagenet_recipe_in_bf16(tree):
+    config = imagenet_config(tree)
+    assert config.accumulation == 2
+    rows = train(config)
+    losses_of(rows)
     assert rows[-1]["val/samples"] == 21
     student = load_student(config.run.folder / "student.safetensors").cuda()
     assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
 
 
 def test_the_compiled_run_starts_at_the_same_loss(tree):
-    eager = train(imagenet_config(tree, "train.max_steps=1", f"run.dir={tree}/eager"))
-    compiled = train(imagenet_config(tree, "train.max_steps=1", "train.compile=true", f"run.dir={tree}/compiled"))
-    first = [next(row["train/loss"] for row in rows if "train/loss" in row) for rows in (eager, compiled)]
+    eager = losses_of(train(imagenet_config(tree, f"run.dir={tree}/eager")))
+    compiled = losses_of(train(imagenet_config(tree, "train.compile=true", f"run.dir={tree}/compiled")))
     # Spikes flip on rounding, so bf16 losses agree to a few per cent only.
-    assert first[0] == pytest.approx(first[1], rel=0.05)
+    assert eager[0] == pytest.approx(compiled[0], rel=0.05)
 
 
-def test_sync_bn_and_the_engine_in_channels_last():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_synchronised_norms_and_the_engine_in_channels_last(compiled):
     from tdkd_dist.engine import Engine
 
     config = load_config(
         "imagenet_sew18",
-        ["launcher.gpus_per_node=1", "train.batch_size=4", "loss.alpha=0", "train.precision=bf16"],
+        [
+            "launcher.gpus_per_node=1",
+            "train.batch_size=8",
+            "train.micro_batch=4",
+            "loss.alpha=0",
+            "train.precision=bf16",
+        ],
     )
-    student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(create_student(config.student)).cuda()
-    engine = Engine(student, config, device=torch.device("cuda", 0), steps_per_epoch=10, compiled=False)
+    student = synchronise(create_student(config.student)).cuda().train()
+    engine = Engine(student, config, device=torch.device("cuda", 0), steps_per_epoch=10, compiled=compiled)
     weights = [m.weight for m in student.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     images = torch.randn(4, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
     before = weights[0].detach().clone()
-    logits = engine.forward(images)
-    assert logits.shape == (4, 4, 1000)
     labels = torch.tensor([1, 2, 3, 4], device="cuda")
-    engine.backward(TemporalDistillationLoss(0.0, 0.5, 1.0)(logits, None, labels).total)
-    engine.update()
+    loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
+    for _ in range(STEPS):
+        for _ in range(config.accumulation):
+            logits = engine.forward(images)
+            assert logits.shape == (4, 4, 1000)
+            engine.backward(loss(logits, None, labels).total)
+        engine.update()
+    assert engine.global_step == STEPS
+    assert torch.isfinite(logits).all()
     assert not torch.equal(weights[0], before)
-    norms = [m for m in student.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    norms = [m for m in student.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms
     assert all(norm.running_var.dtype == torch.float32 for norm in norms)
 

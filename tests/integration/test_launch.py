@@ -268,6 +268,14 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(name, tiny, folder, cap
     assert not run.exists()
 
 
+def test_more_ranks_than_the_chosen_gpus_are_a_mistake(tiny, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert submit.main([*tiny, "launcher.cluster=local", "launcher.gpus_per_node=4", "launcher.tasks_per_node=4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: launcher.gpus_per_node=4: CUDA_VISIBLE_DEVICES=2,3 shows 2; launcher.gpus_per_node=")
+
+
 def test_an_unwritable_run_folder(tiny, folder, capsys):
     assert submit.main([*tiny, f"run.dir={folder}/tiny.yaml/run"]) == 2
     assert capsys.readouterr().err.startswith("error: run.dir=")

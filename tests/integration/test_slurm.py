@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import kill_campaign
 import psutil
 import pytest
 
+from tdkd_dist.config import Config, LauncherConfig
+from tdkd_dist.follow import QUEUE_POLL_S
 from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.status import cancel, describe_run
-from tdkd_dist.submission import refuse_if_alive
+from tdkd_dist.submission import _submitted, make_executor, refuse_if_alive
 from tdkd_dist.tracking import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -116,6 +119,33 @@ def test_a_run_requeued_cancelled_and_crashed_ends_as_the_uninterrupted_one(sand
     assert [row["epoch"] for row in read_rows(hurt.metrics_file) if "val/top1_t1" in row] == [*range(1, EPOCHS + 1)]
 
 
+def test_preemptions_and_time_outs_do_not_count(sandbox, command, tmp_path, monkeypatch):
+    """More of both than submitit's three, under a limit so short that it takes every preemption for a time-out."""
+    monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
+    folder = RunFolder(tmp_path / "cut")
+    options = ["launcher.nodes=1", "launcher.partition=low", "launcher.time_min=10", "launcher.max_restarts=1",
+               "data.format=imagefolder", "train.epochs=60", "eval.every=60", f"run.dir={folder.path}"]  # fmt: skip
+    tree = Path(next(a for a in command if a.startswith("data.train=")).removeprefix("data.train=")).parent / "tree"
+    process = start(sandbox, *command, f"data.train={tree}", f"data.val={tree}", *options)
+    wait_for(lambda: folder.metrics_file.exists() and read_rows(folder.metrics_file), "the first step")
+    job = folder.read_job()
+    assert job is not None
+    for cut in range(1, 6):
+        if cut == 3:  # the scheduler preempts it, and sends TERM
+            higher = ["sbatch", "--partition=main", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+            subprocess.run(higher, env=sandbox, check=True, capture_output=True)
+        else:
+            subprocess.run(["scancel", "--signal=USR2", job["job_id"]], env=sandbox, check=True)
+        wait_for(
+            lambda: process.poll() is not None or folder.log_file.read_text().count("resumed after epoch") == cut,  # noqa: B023
+            f"the job after cut {cut}",
+        )
+        assert process.poll() is None, finish(process)
+    code, said = finish(process)
+    assert code == 0, said
+    assert "restarts after a crash" not in describe_run(folder)
+
+
 @pytest.mark.timeout(2400)
 def test_three_kills_leave_no_trace(sandbox, tmp_path, monkeypatch):
     """CI's share of tools/kill_campaign.py: a rank, all ranks and a node's daemon, at random moments of one run."""
@@ -166,12 +196,29 @@ def test_a_hundred_members_take_one_call_of_sbatch(sandbox, command, tmp_path):
     assert waiting == ""
 
 
+def test_ranks_are_given_their_gpus_and_their_share_of_the_cpus(sandbox, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
+    # As in an interactive job of one GPU a task.
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+
+    def submit(name: str, launcher: LauncherConfig, variable: str):
+        executor = make_executor(Config(launcher=launcher), RunFolder(tmp_path / name), "slurm")
+        return _submitted(executor, [partial(os.getenv, variable)])[0]
+
+    gpus = LauncherConfig(gpus_per_node=2, nodes=2, time_min=5, sbatch={"gres": "gpu:2"})
+    seen = submit("gpus", gpus, "CUDA_VISIBLE_DEVICES")
+    cpus = submit("cpus", LauncherConfig(time_min=5), "SLURM_CPUS_PER_TASK")
+    assert os.environ["SLURM_GPUS_PER_TASK"] == "1"
+    assert seen.results() == ["0,1"] * 4
+    assert cpus.results() == [str(min(16, os.cpu_count() or 1))]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["launcher.partition=none"], "sbatch: error: invalid partition specified: none"),
-        (["launcher.time_min=9999"], "Requested time limit is invalid (missing or exceeds some limit)"),
-        (["launcher.partition=closed", "launcher.account=mine"], "Invalid account or account/partition combination"),
+        (["launcher.constraint=h100"], "Invalid feature specification"),
     ],
 )
 def test_slurms_own_words_reach_the_user(sandbox, command, tmp_path, options, words):
@@ -179,6 +226,55 @@ def test_slurms_own_words_reach_the_user(sandbox, command, tmp_path, options, wo
     assert code == 2
     assert "error: Slurm refused the job: sbatch: error: " in said
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("launcher.time_min=9999", "launcher.time_min=9999: partition main allows 1440; set launcher.time_min=1440"),
+        ("launcher.nodes=4", "launcher.nodes=4: partition main has 2"),
+    ],
+)
+def test_a_job_that_could_never_start_is_not_submitted(sandbox, command, tmp_path, option, words):
+    code, said = finish(start(sandbox, *command, f"run.dir={tmp_path}/x", option))
+    assert code == 2
+    (line,) = said.splitlines()
+    assert line.startswith(f"error: {words}")
+    assert line.endswith("Slurm could never start this job")
+    assert not (tmp_path / "x").exists()
+    code, said = finish(start(sandbox, *command, "--dry-run", option, "launcher.network_interface=null"))
+    assert code == 0
+    assert f"note: Slurm could never start this job: {words}" in said
+    assert "note: launcher.network_interface is not set" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "mend"),
+    [
+        (
+            ["launcher.sbatch.time=2-00:00:00"],
+            "PartitionTimeLimit: it can never start as it is; cancel it and set a smaller launcher.time_min",
+        ),
+        (
+            ["launcher.partition=closed", "launcher.account=mine"],
+            "Job's account not known, so it can't use this partition (closed allows nobody): it can never start as it"
+            " is; cancel it and change launcher.account",
+        ),
+    ],
+)
+def test_a_job_that_waits_in_vain_says_why_and_what_to_change(sandbox, command, tmp_path, monkeypatch, options, mend):
+    monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
+    folder = RunFolder(tmp_path / "x")
+    # Slurm takes it: by default it enforces no limit of a partition at submission.
+    process = start(sandbox, *command, f"run.dir={folder.path}", *options)
+    wait_for(lambda: folder.read_job() is not None and mend in describe_run(folder), "Slurm's reason")
+    time.sleep(2 * QUEUE_POLL_S)
+    process.send_signal(signal.SIGINT)
+    code, said = finish(process)
+    assert code == 130, said
+    job = folder.read_job()
+    assert job is not None
+    assert said.count(f"job {job['job_id']} waits, {mend}") == 1
 
 
 def test_the_batch_script_is_shown_without_leaving_anything(sandbox, command, tmp_path):

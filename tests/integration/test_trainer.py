@@ -1,0 +1,144 @@
+"""The trainer's loop in this process: real betons, loader, engine and record."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from numbered import CPU
+from pictures import picture
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tdkd_dist import distributed
+from tdkd_dist.config import Config
+from tdkd_dist.data.beton import WriteOptions, write
+from tdkd_dist.data.sources import FolderSource
+from tdkd_dist.heartbeat import Heartbeat
+from tdkd_dist.recipe import load_config
+from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.tracking import read_rows
+
+
+@pytest.fixture(scope="module")  # DeepSpeed keeps the first group it sees
+def group():
+    distributed.start_here(0, 1, distributed.free_port(), CPU)
+    yield
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def small_beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 pictures of three classes."""
+    root = tmp_path_factory.mktemp("small")
+    for i in range(96):
+        path = root / "tree" / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i, 24, 24).save(path)
+    write(FolderSource(root / "tree"), root / "small.beton", WriteOptions())
+    return root / "small.beton"
+
+
+def small_config(beton: Path, folder: Path, *overrides: str) -> Config:
+    settings = {
+        "data.train": beton,
+        "data.val": beton,
+        "data.image_size": 16,
+        "student.num_classes": 3,
+        "student.width": 8,
+        "student.num_timesteps": 2,
+        "launcher.tasks_per_node": 1,
+        "loss.alpha": 0,
+        "train.log_every": 1,
+        "wandb.mode": "disabled",
+        "run.dir": folder,
+    }
+    return load_config("fashion_sew", [*(f"{key}={value}" for key, value in settings.items()), *overrides])
+
+
+def train(config: Config) -> list[dict[str, float]]:
+    """The record of a run in this process."""
+    from tdkd_dist.rank import Place
+    from tdkd_dist.train import run
+
+    folder = RunFolder(config.run.folder)
+    folder.create(config)
+    place = Place(device=CPU, rank=0, world_size=1, workers=1)
+    with Heartbeat(folder.heartbeat, rank=0, timeout_s=300) as heartbeat:
+        assert run(config, folder, place, heartbeat, lambda: False)
+    return [row for row in read_rows(folder.metrics_file) if "train/loss" in row]
+
+
+def test_recorded_losses_are_those_of_the_batch_they_were_computed_from(group, small_beton, tmp_path):
+    """Accumulation over more micro-batches than FFCV has buffers.
+
+    With the ensemble as target the cross-entropy, computed at once, is the loss of the last timestep's ensemble, which
+    was once computed at the end of the step from labels that FFCV had overwritten.
+    """
+    rows = train(
+        small_config(
+            small_beton,
+            tmp_path / "run",
+            "train.batch_size=48",
+            "train.micro_batch=4",
+            "train.max_steps=4",
+            "loss.target=ensemble",
+            "loss.beta=0",
+            "optim.lr=0.3",
+        )
+    )
+    assert len(rows) == 4
+    for row in rows:
+        assert row["train/loss_t2"] == pytest.approx(row["train/ce"], rel=1e-5)
+    assert len({row["train/ce"] for row in rows}) == 4
+
+
+class Waits(TorchDispatchMode):
+    """Counts, by the heartbeat's phase, the operations for which the host would wait on a GPU."""
+
+    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.masked_select", "aten.equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self.phase = ""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if str(function).startswith(self.WAITING):
+            self.seen[self.phase] += 1
+        return function(*arguments, **keywords or {})
+
+
+def test_the_host_waits_for_nothing_between_micro_batches(group, small_beton, tmp_path, monkeypatch):
+    """Only when all ranks agree on the step, and when a row is due."""
+    waits = Waits()
+
+    def beat(self: Heartbeat, phase: str, step: int) -> None:
+        waits.phase = phase
+        real(self, phase, step)
+
+    real = Heartbeat.beat
+    monkeypatch.setattr(Heartbeat, "beat", beat)
+    config = small_config(
+        small_beton,
+        tmp_path / "run",
+        "train.batch_size=48",
+        "train.micro_batch=12",
+        "train.max_steps=3",
+        "train.random_timesteps=true",
+        "train.ema_decay=0.9",
+        "data.mixup=0.2",
+        "data.color_jitter=0.3",
+        "loss.alpha=0.2",
+        "loss.self_target=correct_only",
+        "loss.consistency=0.3",
+        "teacher.name=resnet10t",
+        "teacher.checkpoint=null",
+        "teacher.pretrained=false",
+        "teacher.min_top1=0",
+        "optim.schedule_on=step",
+    )
+    with waits:
+        rows = train(config)
+    assert len(rows) == 3
+    assert waits.seen.pop("agreeing") >= 3
+    assert waits.seen.pop("validating") > 0
+    assert set(waits.seen) <= {"opening data", "building networks", "restoring", "starting W&B", "saving"}, waits.seen
