@@ -211,6 +211,18 @@ def test_eager_mode_saves_the_input_and_nothing_else(dtype, most, v_reset):
     assert saved_bytes(unrolled, x.numel()) >= (1 if v_reset is None else 2) * most
 
 
+def test_a_single_timestep_gives_the_decay_a_gradient_of_zero():
+    torch.compiler.reset()
+    x = currents(20, dtype=torch.float32)
+    for backend in (None, "aot_eager"):
+        net = SpikingNeuron(NeuronConfig(kind="plif"), 1)
+        if backend is not None:
+            net.compile(backend=backend, fullgraph=True)
+        net(x.clone().requires_grad_()).sum().backward()
+        assert net.w.grad is not None
+        assert torch.equal(net.w.grad, torch.zeros_like(net.w))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lif", "plif"])
 def test_compiled_it_is_one_kernel_over_all_timesteps(kind):
