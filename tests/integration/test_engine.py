@@ -26,7 +26,9 @@ def make_config(world_size: int, **train: object) -> Config:
     config = Config(
         student=STUDENT,
         optim=OptimConfig(name="momentum", lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, schedule_on="epoch"),
-        train=TrainConfig(epochs=5, batch_size=BATCH, micro_batch=MICRO, precision="fp32", **train),  # type: ignore[arg-type]
+        train=TrainConfig(
+            epochs=5, batch_size=BATCH, micro_batch=MICRO, precision="fp32", **{"sync_bn": False} | train
+        ),  # type: ignore[arg-type]
         launcher=LauncherConfig(tasks_per_node=world_size),
     )
     config.loss.alpha = 0
@@ -160,7 +162,7 @@ def skip_a_bad_step(rank: int, world_size: int, stage: int) -> None:
     """One rank's NaN in step 1 is skipped on both: all ends as if that step's batch had never been seen."""
     from tdkd_dist.engine import Engine
 
-    config = make_config(world_size, zero_stage=stage, ema_decay=0.9 if stage == 0 else 0.0)
+    config = make_config(world_size, zero_stage=stage, sync_bn=True, ema_decay=0.9 if stage == 0 else 0.0)
     images, labels = make_batches()
     loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
     ends = []
@@ -232,7 +234,7 @@ def one_step(rank: int, world_size: int, students: list[tuple[str, str]]) -> Non
 
     loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
     for name, kind in students:
-        config = make_config(world_size)
+        config = make_config(world_size, sync_bn=True)
         config.student = StudentConfig(
             name, num_classes=5, num_timesteps=2, width=8, neuron=NeuronConfig(kind), zero_init_last=False
         )
@@ -289,7 +291,7 @@ def wait_for_nothing(rank: int, world_size: int, stages: tuple[int, ...]) -> Non
         torch.compiler.reset()
         counter = CompileCounter()
         module.compile_training = lambda net, budget, counter=counter: net.compile(backend=counter)
-        config = make_config(world_size, zero_stage=stage)
+        config = make_config(world_size, zero_stage=stage, sync_bn=True)
         config.train.micro_batch = 2
         engine = module.Engine(make_student(), config, device=torch.device("cpu"), steps_per_epoch=100, compiled=True)
         loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
