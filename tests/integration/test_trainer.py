@@ -1,4 +1,7 @@
-"""The trainer's loop in this process: real betons, loader, engine and record."""
+"""The trainer's loop: real betons, loader, engine and record, in a process of its own.
+
+DeepSpeed keeps the first process group it sees, so that two test files can't both have one in pytest's process.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -6,9 +9,9 @@ from pathlib import Path
 import pytest
 from numbered import CPU
 from pictures import picture
+from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tdkd_dist import distributed
 from tdkd_dist.config import Config
 from tdkd_dist.data.beton import WriteOptions, write
 from tdkd_dist.data.sources import FolderSource
@@ -16,13 +19,6 @@ from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run_folder import RunFolder
 from tdkd_dist.tracking import read_rows
-
-
-@pytest.fixture(scope="module")  # DeepSpeed keeps the first group it sees
-def group():
-    distributed.start_here(0, 1, distributed.free_port(), CPU)
-    yield
-    distributed.stop()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ def small_config(beton: Path, folder: Path, *overrides: str) -> Config:
 
 
 def train(config: Config) -> list[dict[str, float]]:
-    """The record of a run in this process."""
+    """The record of a run on this rank."""
     from tdkd_dist.rank import Place
     from tdkd_dist.train import run
 
@@ -67,7 +63,7 @@ def train(config: Config) -> list[dict[str, float]]:
     return [row for row in read_rows(folder.metrics_file) if "train/loss" in row]
 
 
-def test_recorded_losses_are_those_of_the_batch_they_were_computed_from(group, small_beton, tmp_path):
+def record_losses(rank: int, world_size: int, small_beton: Path, tmp_path: Path) -> None:
     """Accumulation over more micro-batches than FFCV has buffers.
 
     With the ensemble as target the cross-entropy, computed at once, is the loss of the last timestep's ensemble, which
@@ -107,7 +103,7 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **keywords or {})
 
 
-def test_the_host_waits_for_nothing_between_micro_batches(group, small_beton, tmp_path, monkeypatch):
+def count_waits(rank: int, world_size: int, small_beton: Path, tmp_path: Path) -> None:
     """Only when all ranks agree on the step, and when a row is due."""
     waits = Waits()
 
@@ -116,7 +112,7 @@ def test_the_host_waits_for_nothing_between_micro_batches(group, small_beton, tm
         real(self, phase, step)
 
     real = Heartbeat.beat
-    monkeypatch.setattr(Heartbeat, "beat", beat)
+    Heartbeat.beat = beat  # type: ignore[method-assign]
     config = small_config(
         small_beton,
         tmp_path / "run",
@@ -142,3 +138,13 @@ def test_the_host_waits_for_nothing_between_micro_batches(group, small_beton, tm
     assert waits.seen.pop("agreeing") >= 3
     assert waits.seen.pop("validating") > 0
     assert set(waits.seen) <= {"opening data", "building networks", "restoring", "starting W&B", "saving"}, waits.seen
+
+
+@pytest.mark.slow
+def test_recorded_losses_are_those_of_the_batch_they_were_computed_from(small_beton, tmp_path):
+    run_ranks(record_losses, 1, small_beton, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_host_waits_for_nothing_between_micro_batches(small_beton, tmp_path):
+    run_ranks(count_waits, 1, small_beton, tmp_path)
