@@ -19,7 +19,7 @@ from tdkd_dist.data.loaders import (
     TrainLoader,
     make_train_loader,
 )
-from tdkd_dist.data.sources import Image as Pixels
+from tdkd_dist.data.sources.source import Image as Pixels
 
 SIZE = 16
 CPU = torch.device("cpu")

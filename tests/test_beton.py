@@ -15,7 +15,8 @@ from PIL import Image
 
 from tdkd_dist.data import layout
 from tdkd_dist.data.beton import WriteOptions, check_beton, choose, read_manifest, write
-from tdkd_dist.data.sources import FolderSource, open_source
+from tdkd_dist.data.sources import open_source
+from tdkd_dist.data.sources.folder import FolderSource
 from tdkd_dist.data.verify import verify
 
 ffcv = pytest.importorskip("ffcv")

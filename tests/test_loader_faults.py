@@ -23,7 +23,7 @@ from tdkd_dist.data.loaders import (
     make_train_loader,
     make_val_loader,
 )
-from tdkd_dist.data.sources import FolderSource
+from tdkd_dist.data.sources.folder import FolderSource
 from tdkd_dist.data.staging import staged
 
 

@@ -22,7 +22,7 @@ from tdkd_dist.data.loaders import (
     make_val_loader,
     train_rule,
 )
-from tdkd_dist.data.sources import Image as Pixels
+from tdkd_dist.data.sources.source import Image as Pixels
 
 
 def picture_and_batch(data: DataConfig, epoch: int | None) -> Iterator[tuple[Pixels, crops.Ints, Pixels]]:

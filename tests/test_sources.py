@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tdkd_dist.data.classes import check_order, in_teacher_order
-from tdkd_dist.data.sources import Source, open_source
+from tdkd_dist.data.sources import open_source
+from tdkd_dist.data.sources.classes import check_order, in_teacher_order
+from tdkd_dist.data.sources.source import Source
 
 SYNSETS = ["n01440764", "n01443537", "n02123045"]
 PER_CLASS = 4

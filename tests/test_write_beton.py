@@ -17,7 +17,9 @@ from pictures import picture, stored
 
 from tdkd_dist.data import layout
 from tdkd_dist.data.beton import WriteOptions, read_manifest, up_to_date, write
-from tdkd_dist.data.sources import FolderSource, Source, open_source
+from tdkd_dist.data.sources import open_source
+from tdkd_dist.data.sources.folder import FolderSource
+from tdkd_dist.data.sources.source import Source
 
 pytest.importorskip("ffcv")
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "write_beton.py"

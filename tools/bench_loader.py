@@ -52,7 +52,7 @@ def prepare(photos: Path, work: Path, count: int, workers: int) -> None:
     from PIL import Image
 
     from tdkd_dist.data.beton import write
-    from tdkd_dist.data.sources import FolderSource
+    from tdkd_dist.data.sources.folder import FolderSource
 
     tree = work / "tree"
     if not (work / "x.beton").exists():

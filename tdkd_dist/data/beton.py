@@ -20,7 +20,6 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from tdkd_dist.data.classes import in_teacher_order
 from tdkd_dist.data.crops import uniform_draws
 from tdkd_dist.data.layout import (
     ALLOCATION,
@@ -47,7 +46,8 @@ from tdkd_dist.data.manifest import (
     read_manifest,
     save_manifest,
 )
-from tdkd_dist.data.sources import Image, Source
+from tdkd_dist.data.sources.classes import in_teacher_order
+from tdkd_dist.data.sources.source import Image, Source
 
 __all__ = ["BetonInfo", "Manifest", "WriteOptions", "check_beton", "read_manifest", "up_to_date", "write"]
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdkd_dist.config import DataConfig
-from tdkd_dist.data.classes import check_order
 from tdkd_dist.data.manifest import BetonInfo, read_manifest
-from tdkd_dist.data.sources import Source, class_folders
+from tdkd_dist.data.sources.classes import check_order
+from tdkd_dist.data.sources.folder import class_folders
+from tdkd_dist.data.sources.source import Source
 
 logger = logging.getLogger(__name__)
 

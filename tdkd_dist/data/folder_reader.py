@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.crops import DOWN, ERASE_TOP, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, CropRule, Ints
 from tdkd_dist.data.jitter import augment_seed
-from tdkd_dist.data.sources import Image, Source
+from tdkd_dist.data.sources.source import Image, Source
 
 STALL_SECONDS = 600
 """Longest wait for a batch from a process that still lives."""

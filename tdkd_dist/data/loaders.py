@@ -19,7 +19,8 @@ from tdkd_dist.data.checks import check_classes, say_where_it_is_cached
 from tdkd_dist.data.crops import CropRule, Ints
 from tdkd_dist.data.jitter import ColorJitter
 from tdkd_dist.data.manifest import check_beton
-from tdkd_dist.data.sources import Source, open_source
+from tdkd_dist.data.sources import open_source
+from tdkd_dist.data.sources.source import Source
 from tdkd_dist.data.staging import staged
 
 

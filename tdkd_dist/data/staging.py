@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tdkd_dist.data.manifest import manifest_path
-from tdkd_dist.data.sources import fingerprint
+from tdkd_dist.data.sources.source import fingerprint
 
 logger = logging.getLogger(__name__)
 CHUNK = 1 << 24

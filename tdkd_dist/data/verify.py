@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tdkd_dist.data.layout import MODE_JPEG, Tables, read_tables
 from tdkd_dist.data.manifest import BetonInfo, check_beton
-from tdkd_dist.data.sources import decode_image
+from tdkd_dist.data.sources.source import decode_image
 
 CHUNK = 256
 

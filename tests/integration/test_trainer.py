@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdkd_dist.config import Config
 from tdkd_dist.data.beton import WriteOptions, write
-from tdkd_dist.data.sources import FolderSource
+from tdkd_dist.data.sources.folder import FolderSource
 from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run_folder import RunFolder

@@ -14,18 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tdkd_dist.data.classes import synsets_of
-from tdkd_dist.data.ground_truth import find_truth, read_truth
-from tdkd_dist.data.parquet import ParquetSource
-from tdkd_dist.data.sources import (
-    IMAGE_SUFFIXES,
-    Image,
-    Source,
-    decode_image,
-    fingerprint,
-    of_split,
-    one_line,
-)
+from tdkd_dist.data.sources.classes import synsets_of
+from tdkd_dist.data.sources.ground_truth import find_truth, read_truth
+from tdkd_dist.data.sources.parquet import ParquetSource
+from tdkd_dist.data.sources.source import IMAGE_SUFFIXES, Image, Source, decode_image, fingerprint, of_split, one_line
 
 PREFIXES = {
     "train": ("train", "ILSVRC2012_img_train", "imagenet1k-train"),

@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist.data.classes import SYNSET
-from tdkd_dist.data.sources import one_line
+from tdkd_dist.data.sources.classes import SYNSET
+from tdkd_dist.data.sources.source import one_line
 
 
 def read_truth(path: Path, names: Sequence[str]) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tdkd_dist.data.classes import synsets_of
-from tdkd_dist.data.sources import Image, decode_image, fingerprint, one_line
+from tdkd_dist.data.sources.classes import synsets_of
+from tdkd_dist.data.sources.source import Image, decode_image, fingerprint, one_line
 
 
 class ParquetSource:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tdkd_dist.data.sources import Image, Source
+from tdkd_dist.data.sources.source import Image, Source
 
 SYNSET = re.compile(r"n\d{8}")
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tdkd_dist.data.sources import Image, of_split, one_line
+from tdkd_dist.data.sources.source import Image, of_split, one_line
 
 IDX_PREFIXES = {"train": ("train",), "val": ("t10k", "test", "val")}
 CIFAR_SIDE = 32

@@ -1,0 +1,86 @@
+"""What a source of pictures is: its length, its labels and one picture at a time; and what every form shares.
+
+A source can be pickled: the writer's processes each open their own. Shapes: H x W x 3, uint8, RGB.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]
+
+FINGERPRINT = 1 << 20
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+class Source(Protocol):
+    """Labelled pictures in a fixed order."""
+
+    kind: str
+    path: Path
+    lossless: bool
+    """Its pictures are small and were never compressed: they are stored as they are."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """A name for each label, where the source has them."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The label of every picture, [N]."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call picture `index` in a message."""
+        ...
+
+    def read(self, index: int) -> Image:
+        """Picture `index`, [H, W, 3]. Raises `ValueError`, naming it, when it cannot be decoded."""
+        ...
+
+    def signature(self) -> str:
+        """A hash that changes when the source does; cheap, from names and sizes."""
+        ...
+
+
+def of_split(found: Sequence[Path], split: str | None, prefixes: Mapping[str, tuple[str, ...]]) -> list[Path]:
+    """Those of the `found` files whose names start as `split` demands; all of them when nothing is asked."""
+    if split is None:
+        return sorted(found)
+    return sorted(p for p in found if p.name.startswith(prefixes[split]))
+
+
+def decode_image(data: bytes | Path, name: str) -> Image:
+    """An encoded picture as RGB, [H, W, 3]; grey, palette and CMYK are converted. `ValueError` if it is broken."""
+    import io
+
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
+        raise ValueError(f"{name}: not a readable picture: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Hash of the files' names, sizes, and of the first and the last MiB of each."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(FINGERPRINT))
+            file.seek(max(0, size - FINGERPRINT))
+            digest.update(file.read())
+    return digest.hexdigest()
