@@ -10,7 +10,7 @@ import torch
 from tdkd_dist import slurm
 from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.config import Config, require
-from tdkd_dist.data.beton import check_beton
+from tdkd_dist.data.beton.manifest import check_beton
 from tdkd_dist.data.loaders import count_classes, open_pictures
 from tdkd_dist.students import choose_recomputed, create_student, is_spiking
 from tdkd_dist.teachers import check_name, check_pretrained_classes, create_teacher, fetch_weights

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tdkd_dist.config import DataConfig
 from tdkd_dist.data.batch import Batch
-from tdkd_dist.data.beton import write
+from tdkd_dist.data.beton.writing import write
 from tdkd_dist.data.loaders import (
     Reader,
     TrainLoader,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tdkd_dist.data.beton import WriteOptions, write
+from tdkd_dist.data.beton.manifest import WriteOptions
+from tdkd_dist.data.beton.writing import write
 from tdkd_dist.data.sources.folder import FolderSource
 
 SIZES = [(60, 80), (300, 200), (50, 50), (700, 90), (33, 47), (128, 128)]

@@ -13,11 +13,12 @@ import pytest
 from pictures import picture, stored
 from PIL import Image
 
-from tdkd_dist.data import layout
-from tdkd_dist.data.beton import WriteOptions, check_beton, choose, read_manifest, write
+from tdkd_dist.data.beton import layout
+from tdkd_dist.data.beton.manifest import WriteOptions, check_beton, read_manifest
+from tdkd_dist.data.beton.verify import verify
+from tdkd_dist.data.beton.writing import choose, write
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.sources.folder import FolderSource
-from tdkd_dist.data.verify import verify
 
 ffcv = pytest.importorskip("ffcv")
 

@@ -16,15 +16,16 @@ from numbered import CPU, SIZE, Numbered, config, seen, train
 from PIL import Image
 
 from tdkd_dist.config import DataConfig
-from tdkd_dist.data import layout, staging
-from tdkd_dist.data.beton import WriteOptions, check_beton, write
+from tdkd_dist.data.beton import layout, staging
+from tdkd_dist.data.beton.manifest import WriteOptions, check_beton
+from tdkd_dist.data.beton.staging import staged
+from tdkd_dist.data.beton.writing import write
 from tdkd_dist.data.loaders import (
     Reader,
     make_train_loader,
     make_val_loader,
 )
 from tdkd_dist.data.sources.folder import FolderSource
-from tdkd_dist.data.staging import staged
 
 
 def test_a_sample_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ import sys
 for name in ("ffcv", "numba", "cv2", "torchvision"):
     sys.modules[name] = None
 import torch
-import tdkd_dist.data.beton, tdkd_dist.data.sources, tdkd_dist.data.verify
+import tdkd_dist.data.beton.writing, tdkd_dist.data.sources, tdkd_dist.data.beton.verify
 from tdkd_dist.config import DataConfig
 from tdkd_dist.data.loaders import make_train_loader, make_val_loader
 kwargs = dict(rank=0, world_size=1, device=torch.device("cpu"), workers=1)

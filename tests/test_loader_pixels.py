@@ -13,7 +13,8 @@ from PIL import Image
 
 from tdkd_dist.config import DataConfig
 from tdkd_dist.data import crops
-from tdkd_dist.data.beton import WriteOptions, write
+from tdkd_dist.data.beton.manifest import WriteOptions
+from tdkd_dist.data.beton.writing import write
 from tdkd_dist.data.crops import CropRule
 from tdkd_dist.data.loaders import (
     TrainLoader,

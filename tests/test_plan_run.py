@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numbered import Numbered
 
-from tdkd_dist.data.beton import write
+from tdkd_dist.data.beton.writing import write
 from tdkd_dist.recipe import load_config
 
 CONFIG = load_config("imagenet_sew34", [])

@@ -82,7 +82,7 @@ def test_the_packages_own_messages_reach_the_log(tmp_path):
     before = logger.handlers, logger.level, logger.propagate
     try:
         Log(tmp_path / "log.txt").take_over_logging()
-        logging.getLogger("tdkd_dist.data.staging").info("copied %d files", 2)
+        logging.getLogger("tdkd_dist.data.beton.staging").info("copied %d files", 2)
         logging.getLogger("somebody.else").warning("not ours")
     finally:
         logger.handlers, level, logger.propagate = before

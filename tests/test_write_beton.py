@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from pictures import picture, stored
 
-from tdkd_dist.data import layout
-from tdkd_dist.data.beton import WriteOptions, read_manifest, up_to_date, write
+from tdkd_dist.data.beton import layout
+from tdkd_dist.data.beton.manifest import WriteOptions, read_manifest
+from tdkd_dist.data.beton.writing import up_to_date, write
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.sources.folder import FolderSource
 from tdkd_dist.data.sources.source import Source

@@ -51,7 +51,7 @@ def prepare(photos: Path, work: Path, count: int, workers: int) -> None:
     """Cut `count` pictures of about ImageNet's sizes out of the photographs, in ten classes, and write the beton."""
     from PIL import Image
 
-    from tdkd_dist.data.beton import write
+    from tdkd_dist.data.beton.writing import write
     from tdkd_dist.data.sources.folder import FolderSource
 
     tree = work / "tree"
@@ -214,8 +214,8 @@ def profile(work: Path, size: int) -> None:
     """What one picture costs at each stage of our loader, on one thread, by FFCV's own functions."""
     from ffcv.libffcv import imdecode, resize_crop
 
+    from tdkd_dist.data.beton.layout import MODE_JPEG, read_tables
     from tdkd_dist.data.crops import HEIGHT, LEFT, TOP, WIDTH, CropRule
-    from tdkd_dist.data.layout import MODE_JPEG, read_tables
 
     tables = read_tables(work / "x.beton")
     content = np.memmap(work / "x.beton", mode="r")

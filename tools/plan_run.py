@@ -30,7 +30,7 @@ from torch import nn
 from tdkd_dist import distributed
 from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.config import Config
-from tdkd_dist.data.manifest import check_beton
+from tdkd_dist.data.beton.manifest import check_beton
 from tdkd_dist.recipe import load_config
 from tdkd_dist.students import create_student
 from tdkd_dist.tracking import format_seconds

@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 
 from tdkd_dist.command_line import Parser
-from tdkd_dist.data.beton import Manifest, WriteOptions, up_to_date, write
+from tdkd_dist.data.beton.manifest import Manifest, WriteOptions
+from tdkd_dist.data.beton.verify import verify
+from tdkd_dist.data.beton.writing import up_to_date, write
 from tdkd_dist.data.sources import open_source
-from tdkd_dist.data.verify import verify
 
 USAGE = """usage: python tools/write_beton.py SOURCE DEST [--split train|val] [--max-side 500] [--jpeg-share 0.5]
            [--quality 90] [--subset N] [--labels FILE] [--on-error stop|skip] [--workers N] [--force]

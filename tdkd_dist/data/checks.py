@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdkd_dist.config import DataConfig
-from tdkd_dist.data.manifest import BetonInfo, read_manifest
+from tdkd_dist.data.beton.manifest import BetonInfo, read_manifest
 from tdkd_dist.data.sources.classes import check_order
 from tdkd_dist.data.sources.folder import class_folders
 from tdkd_dist.data.sources.source import Source

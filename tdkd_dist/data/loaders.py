@@ -15,13 +15,13 @@ import torch
 
 from tdkd_dist.config import DataConfig
 from tdkd_dist.data.batch import Batch
+from tdkd_dist.data.beton.manifest import check_beton
+from tdkd_dist.data.beton.staging import staged
 from tdkd_dist.data.checks import check_classes, say_where_it_is_cached
 from tdkd_dist.data.crops import CropRule, Ints
 from tdkd_dist.data.jitter import ColorJitter
-from tdkd_dist.data.manifest import check_beton
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.sources.source import Source
-from tdkd_dist.data.staging import staged
 
 
 class Reader(Protocol):

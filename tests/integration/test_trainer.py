@@ -13,7 +13,8 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdkd_dist.config import Config
-from tdkd_dist.data.beton import WriteOptions, write
+from tdkd_dist.data.beton.manifest import WriteOptions
+from tdkd_dist.data.beton.writing import write
 from tdkd_dist.data.sources.folder import FolderSource
 from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.recipe import load_config

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import nn
 
 from tdkd_dist.config import DataConfig
-from tdkd_dist.data.beton import write
+from tdkd_dist.data.beton.writing import write
 from tdkd_dist.data.loaders import make_val_loader
 from tdkd_dist.data.normalise import Normalise
 from tdkd_dist.data.sources import open_source

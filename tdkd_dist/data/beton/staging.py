@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tdkd_dist.data.manifest import manifest_path
+from tdkd_dist.data.beton.manifest import manifest_path
 from tdkd_dist.data.sources.source import fingerprint
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tdkd_dist.data.layout import Tables, read_tables
+from tdkd_dist.data.beton.layout import Tables, read_tables
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from tdkd_dist.data.crops import uniform_draws
-from tdkd_dist.data.layout import (
+from tdkd_dist.data.beton.layout import (
     ALLOCATION,
     DESCRIPTOR,
     HEADER,
@@ -36,20 +35,17 @@ from tdkd_dist.data.layout import (
     data_start,
     read_tables,
 )
-from tdkd_dist.data.manifest import (
-    BetonInfo,
+from tdkd_dist.data.beton.manifest import (
     Manifest,
     WriteOptions,
     check_beton,
     compare,
     manifest_path,
-    read_manifest,
     save_manifest,
 )
+from tdkd_dist.data.crops import uniform_draws
 from tdkd_dist.data.sources.classes import in_teacher_order
 from tdkd_dist.data.sources.source import Image, Source
-
-__all__ = ["BetonInfo", "Manifest", "WriteOptions", "check_beton", "read_manifest", "up_to_date", "write"]
 
 CHUNK = 32
 """Pictures a task: enough to hide the cost of handing it over, few enough that many tasks fit in memory."""

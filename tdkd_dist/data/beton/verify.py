@@ -5,8 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tdkd_dist.data.layout import MODE_JPEG, Tables, read_tables
-from tdkd_dist.data.manifest import BetonInfo, check_beton
+from tdkd_dist.data.beton.layout import MODE_JPEG, Tables, read_tables
+from tdkd_dist.data.beton.manifest import BetonInfo, check_beton
 from tdkd_dist.data.sources.source import decode_image
 
 CHUNK = 256
