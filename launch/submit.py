@@ -88,7 +88,7 @@ def show(config: "Config") -> None:
     """What would be run, and what is missing for it."""
     from tdkd_dist import preflight, submission
     from tdkd_dist.recipe import to_yaml
-    from tdkd_dist.run_folder import RunFolder
+    from tdkd_dist.run.folder import RunFolder
 
     cluster = submission.find_cluster(config)
     findings = preflight.check(config, cluster=cluster, dry_run=True)
@@ -110,7 +110,7 @@ def show(config: "Config") -> None:
 def run(config: "Config") -> int:
     """Submit and follow one run, unless it is finished; its exit status."""
     from tdkd_dist import preflight, submission
-    from tdkd_dist.run_folder import RunFolder
+    from tdkd_dist.run.folder import RunFolder
 
     cluster = submission.find_cluster(config)
     folder = RunFolder(config.run.folder)
@@ -132,7 +132,7 @@ def run(config: "Config") -> int:
 def run_sweep(configs: "list[Config]") -> int:
     """The members that are not finished: here one after the other, on Slurm as one job array."""
     from tdkd_dist import follow, preflight, submission
-    from tdkd_dist.run_folder import RunFolder
+    from tdkd_dist.run.folder import RunFolder
 
     cluster = submission.find_cluster(configs[0])
     for folder, config in ((RunFolder(config.run.folder), config) for config in configs):
@@ -163,7 +163,7 @@ def run_array(configs: "list[Config]", weights: list[str | None]) -> dict[str, i
     """A sweep on Slurm, followed member by member; each one's exit status. Ctrl-C stops all members."""
     from tdkd_dist import scheduler, submission
     from tdkd_dist.follow import FINISHED, STOPPED, Follower
-    from tdkd_dist.run_folder import RunFolder
+    from tdkd_dist.run.folder import RunFolder
 
     outcomes = {config.run.name: FINISHED for config in configs}
     folders = [RunFolder(config.run.folder) for config in configs]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tdkd_dist import scheduler, slurm
-from tdkd_dist.heartbeat import find_laggard, read_signs
 from tdkd_dist.job import Outcome
-from tdkd_dist.run_folder import RunFolder
-from tdkd_dist.tracking import PROGRESS_PREFIX
+from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.run.heartbeat import find_laggard, read_signs
+from tdkd_dist.run.log import PROGRESS_PREFIX
 
 FINISHED, CRASHED, USERS_MISTAKE, STOPPED = 0, 1, 2, 130
 POLL_S = 0.5

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdkd_dist import distributed
 from tdkd_dist.config import TrainConfig
 from tdkd_dist.data.crops import Ints
-from tdkd_dist.run_folder import append_text
+from tdkd_dist.run.folder import append_text
 
 
 class StepGuard:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from tdkd_dist.config import Config
-from tdkd_dist.heartbeat import Heartbeat, outlasting
+from tdkd_dist.run.heartbeat import Heartbeat, outlasting
 
 PACKAGE = Path(__file__).resolve().parent
 CACHES = {
@@ -74,7 +74,7 @@ class Job:
 
         from tdkd_dist import distributed
         from tdkd_dist.rank import Place
-        from tdkd_dist.run_folder import RunFolder
+        from tdkd_dist.run.folder import RunFolder
         from tdkd_dist.train import run
 
         device = _device(self.config, environment.local_rank)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from tdkd_dist import scheduler, slurm
 from tdkd_dist.config import Config, require
-from tdkd_dist.heartbeat import find_laggard, read_signs
 from tdkd_dist.recipe import read_config
-from tdkd_dist.run_folder import RunFolder
-from tdkd_dist.tracking import PROGRESS_PREFIX, format_seconds, read_rows
+from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.run.heartbeat import find_laggard, read_signs
+from tdkd_dist.run.log import PROGRESS_PREFIX, format_seconds
+from tdkd_dist.run.record import read_rows
 
 
 def open_run(path: str) -> RunFolder:

@@ -14,7 +14,7 @@ from tdkd_dist import scheduler, slurm
 from tdkd_dist.config import Config
 from tdkd_dist.follow import CRASHED, Follower
 from tdkd_dist.job import PACKAGE, PREEMPTED_FILE, Job
-from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.run.folder import RunFolder
 
 
 def find_cluster(config: Config) -> str:

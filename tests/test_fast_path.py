@@ -23,9 +23,9 @@ from tdkd_dist.engine import Engine
 from tdkd_dist.losses import TemporalDistillationLoss
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.recipe import load_config
+from tdkd_dist.run.log import Log
 from tdkd_dist.students import choose_recomputed, spiking_names
 from tdkd_dist.teachers import create_teacher
-from tdkd_dist.tracking import Log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = {"sew_resnet101", "sew_resnet152"}

@@ -6,12 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-from tdkd_dist.heartbeat import EXIT_STATUS, Heartbeat, Sign, find_laggard, read_signs
+from tdkd_dist.run.heartbeat import EXIT_STATUS, Heartbeat, Sign, find_laggard, read_signs
 
 HANGING = """
 import sys, time
 from pathlib import Path
-from tdkd_dist.heartbeat import Heartbeat
+from tdkd_dist.run.heartbeat import Heartbeat
 with Heartbeat(Path(sys.argv[1]), rank=int(sys.argv[2]), timeout_s=1.0) as heartbeat:
     heartbeat.beat(sys.argv[3], 7)
     time.sleep(600)

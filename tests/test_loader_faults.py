@@ -272,7 +272,7 @@ import sys, time, zlib
 from functools import partial
 from pathlib import Path
 from tdkd_dist.data import staging
-from tdkd_dist.heartbeat import Heartbeat
+from tdkd_dist.run.heartbeat import Heartbeat
 
 def slow(chunk, checksum, crc32=zlib.crc32):
     time.sleep(0.4)

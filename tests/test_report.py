@@ -16,7 +16,7 @@ from tdkd_dist.recipe import load_config
 from tdkd_dist.report import tables
 from tdkd_dist.report.page import write_page
 from tdkd_dist.report.runs import check_comparable, group_runs, load_runs, paired_differences
-from tdkd_dist.run_folder import RunFolder, write_json
+from tdkd_dist.run.folder import RunFolder, write_json
 
 EPOCHS = 3
 

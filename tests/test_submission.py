@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from tdkd_dist.config import Config, LauncherConfig
-from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.submission import make_executor
 
 

@@ -27,7 +27,7 @@ from rounds import Worker, compete, ratio, say
 from step_contestants import CONTESTANTS, inputs
 
 from tdkd_dist.command_line import Parser, publish
-from tdkd_dist.run_folder import write_json
+from tdkd_dist.run.folder import write_json
 
 VARIANTS = ("eager", "eager channels_last", "compiled", "compiled channels_last")
 """Ways to run spikingjelly."""

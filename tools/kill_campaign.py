@@ -27,8 +27,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tdkd_dist.command_line import publish
-from tdkd_dist.run_folder import RunFolder
-from tdkd_dist.tracking import format_seconds, read_rows
+from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.run.log import format_seconds
+from tdkd_dist.run.record import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("node", "rank", "all")

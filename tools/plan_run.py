@@ -32,8 +32,8 @@ from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.config import Config
 from tdkd_dist.data.beton.manifest import check_beton
 from tdkd_dist.recipe import load_config
+from tdkd_dist.run.log import format_seconds
 from tdkd_dist.students import create_student
-from tdkd_dist.tracking import format_seconds
 
 GPUS = "1,2,4,8,16,32,64,128,256,512"
 GPU_GB_S = 200.0

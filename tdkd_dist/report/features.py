@@ -12,7 +12,7 @@ from tdkd_dist.data.loaders import make_val_loader
 from tdkd_dist.data.normalise import Normalise
 from tdkd_dist.losses import ensembles
 from tdkd_dist.report.runs import Floats, RunData
-from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.students.base import SpikingNet
 from tdkd_dist.weights import load_student
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from tdkd_dist.config import Config, flatten, require
 from tdkd_dist.data.beton.manifest import read_manifest
 from tdkd_dist.recipe import read_config
-from tdkd_dist.run_folder import RunFolder
-from tdkd_dist.tracking import read_rows
+from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.run.record import read_rows
 
 Floats = NDArray[np.float64]
 NOT_COMPARED = (

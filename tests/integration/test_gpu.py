@@ -14,12 +14,12 @@ from PIL import Image
 
 from tdkd_dist import distributed
 from tdkd_dist.batch_norm import synchronise
-from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.losses import TemporalDistillationLoss
 from tdkd_dist.recipe import load_config
-from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.run.heartbeat import Heartbeat
+from tdkd_dist.run.record import read_rows
 from tdkd_dist.students import create_student
-from tdkd_dist.tracking import read_rows
 from tdkd_dist.weights import load_student
 
 STEPS = 6

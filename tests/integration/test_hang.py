@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdkd_dist import distributed
-from tdkd_dist.heartbeat import EXIT_STATUS, find_laggard, outlasting, read_signs
 from tdkd_dist.job import Job
 from tdkd_dist.recipe import load_config
+from tdkd_dist.run.heartbeat import EXIT_STATUS, find_laggard, outlasting, read_signs
 
 RANK = """
 import sys, time
 from pathlib import Path
 import torch
 from tdkd_dist import distributed
-from tdkd_dist.heartbeat import Heartbeat, outlasting
+from tdkd_dist.run.heartbeat import Heartbeat, outlasting
 
 rank, port, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 distributed.start_here(rank, 2, port, torch.device("cpu"), timeout=outlasting(4))

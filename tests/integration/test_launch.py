@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tdkd_dist.recipe import list_recipes
-from tdkd_dist.run_folder import RunFolder
-from tdkd_dist.tracking import read_rows
+from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.run.record import read_rows
 from tdkd_dist.weights import load_student
 
 ROOT = Path(__file__).resolve().parent.parent.parent

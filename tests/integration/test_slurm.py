@@ -17,10 +17,10 @@ import pytest
 
 from tdkd_dist.config import Config, LauncherConfig
 from tdkd_dist.follow import QUEUE_POLL_S
-from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.run.record import read_rows
 from tdkd_dist.status import cancel, describe_run
 from tdkd_dist.submission import _submitted, make_executor, refuse_if_alive
-from tdkd_dist.tracking import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SANDBOX = str(ROOT / "tools" / "slurm_sandbox.sh")

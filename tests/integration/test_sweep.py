@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tdkd_dist.tracking import read_rows
+from tdkd_dist.run.record import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

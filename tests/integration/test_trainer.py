@@ -16,10 +16,10 @@ from tdkd_dist.config import Config
 from tdkd_dist.data.beton.manifest import WriteOptions
 from tdkd_dist.data.beton.writing import write
 from tdkd_dist.data.sources.folder import FolderSource
-from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.recipe import load_config
-from tdkd_dist.run_folder import RunFolder
-from tdkd_dist.tracking import read_rows
+from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.run.heartbeat import Heartbeat
+from tdkd_dist.run.record import read_rows
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from wandb_server import Server, serve
 
-from tdkd_dist.tracking import read_rows
+from tdkd_dist.run.record import read_rows
 
 ROWS, TIMEOUT_S, SLOW_S = 40, 4.0, 15.0
 SCRIPT = """
 import sys, time
 from pathlib import Path
 from tdkd_dist.recipe import load_config
-from tdkd_dist.run_folder import RunFolder
-from tdkd_dist.tracking import Log, Record
+from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.run.log import Log
+from tdkd_dist.run.record import Record
 
 folder = RunFolder(Path(sys.argv[1]))
 config = load_config("fashion_sew", ["wandb.mode=online", f"wandb.timeout_s={sys.argv[2]}", f"run.dir={sys.argv[1]}"])

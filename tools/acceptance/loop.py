@@ -25,11 +25,11 @@ from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.crops import Ints
 from tdkd_dist.data.loaders import TrainLoader, ValLoader
 from tdkd_dist.engine import Engine
-from tdkd_dist.heartbeat import Heartbeat
 from tdkd_dist.rank import Place
-from tdkd_dist.run_folder import RunFolder
+from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.run.heartbeat import Heartbeat
+from tdkd_dist.run.record import read_rows
 from tdkd_dist.students import SpikingNet, create_student
-from tdkd_dist.tracking import read_rows
 
 WARM_UP = 6
 """Steps before anything is measured: compilation, cudnn's choice of algorithms, the allocator's blocks."""

@@ -1,0 +1,1 @@
+"""What a run leaves: its folder, log, record, signs of life and pictures."""

@@ -1,0 +1,159 @@
+"""What a run records, as JSONL and on W&B. Only rank 0 writes."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tdkd_dist import distributed
+from tdkd_dist.config import Config, flatten
+from tdkd_dist.run.folder import RunFolder, append_text
+from tdkd_dist.run.log import Log
+
+
+class Record:
+    """`metrics.jsonl` and W&B, written by rank 0. Trouble with W&B is reported once and never stops the run."""
+
+    def __init__(self, folder: RunFolder, config: Config, log: Log, *, wandb_id: str | None, global_step: int) -> None:
+        self._log = log
+        self._folder = folder
+        self._active = distributed.rank() == 0
+        self._wandb: Any = None
+        self._unwritten = ""
+        """Rows that a full disk would not take yet."""
+        self.wandb_id = wandb_id
+        if self._active:
+            _drop_rows_after(folder.metrics_file, global_step)
+            self._start_wandb(config)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row, which holds `epoch` and `global_step`, to the record and to W&B."""
+        if not self._active:
+            return
+        self._unwritten += json.dumps(row) + "\n"
+        if append_text(self._folder.metrics_file, self._unwritten):
+            self._unwritten = ""
+        self._send(lambda run: run.log(row))
+
+    def write_curve(self, top1: list[float]) -> None:
+        """Send accuracy against timestep (per cent, t = 1..T) to W&B as a table and a line plot."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            table = wandb.Table(columns=["timestep", "top1"], data=[[t, v] for t, v in enumerate(top1, start=1)])
+            run.log(
+                {
+                    "full_range/table": table,
+                    "full_range/curve": wandb.plot.line(table, "timestep", "top1", title="Top-1 after t timesteps"),
+                }
+            )
+
+        self._send(send)
+
+    def close(self) -> None:
+        """End the W&B run and, if it was offline, say how to upload it."""
+        if self._wandb is None:
+            return
+        offline, directory = self._wandb.offline, Path(self._wandb.dir).parent
+        try:
+            self._wandb.finish()
+        except Exception:  # the upload is late, or W&B broke down: what was recorded is on the disk
+            self._log.say(f"W&B did not take all of this run; to upload it: wandb sync --include-online {directory}")
+        if offline:
+            self._log.say(f"W&B was offline; to upload this run: wandb sync {directory}")
+        self._wandb = None
+
+    def _start_wandb(self, config: Config) -> None:
+        if config.wandb.mode == "disabled":
+            return
+        os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            import wandb
+
+            mode: str = config.wandb.mode
+            if mode == "auto":
+                logged_in = "online" if wandb.login(prompt=False, verify=False) else "offline"
+                mode = os.environ.get("WANDB_MODE", logged_in)
+            self._wandb = self._init_wandb(wandb, config, mode)
+            self.wandb_id = self._wandb.id
+            self._wandb.define_metric("epoch")
+            self._wandb.define_metric("global_step")
+            self._wandb.define_metric("train/*", step_metric="global_step")
+            self._wandb.define_metric("val/*", step_metric="epoch")
+        except Exception as error:
+            self._log.say(f"W&B is off: {type(error).__name__}: {error}")
+
+    def _init_wandb(self, wandb: Any, config: Config, mode: str) -> Any:
+        arguments = {
+            "project": config.wandb.project,
+            "entity": config.wandb.entity,
+            "name": config.run.name,
+            "id": self.wandb_id,
+            "resume": "allow" if self.wandb_id else None,
+            "dir": str(self._folder.path),
+            "config": flatten(config),
+            "settings": wandb.Settings(
+                init_timeout=config.wandb.timeout_s,
+                finish_timeout=_patience_at_the_end(config),
+                finish_timeout_raises=True,
+            ),
+        }
+        try:
+            return wandb.init(mode=mode, **arguments)
+        except Exception as error:
+            if mode != "online":
+                raise
+            self._log.say(f"W&B could not be reached ({type(error).__name__}); recording offline")
+            return wandb.init(mode="offline", **arguments)
+
+    def _send(self, action: Callable[[Any], None]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            action(self._wandb)
+        except Exception as error:
+            self._log.say(f"W&B stopped: {type(error).__name__}: {error}; the JSONL record goes on")
+            self._wandb = None
+
+
+def _patience_at_the_end(config: Config) -> float:
+    """Seconds; on Slurm a third of the notice at most, since a preempted job must be requeued before it is over."""
+    notice_s = config.launcher.signal_delay_s
+    in_time = "SLURM_JOB_ID" not in os.environ or notice_s == 0
+    return config.wandb.timeout_s if in_time else min(config.wandb.timeout_s, notice_s / 3)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def format_table(row: dict[str, float], num_timesteps: int) -> str:
+    """Accuracy after every timestep, from a validation row, as a text table."""
+    head = f"{'timesteps':>9}  {'top-1 %':>8}  {'top-5 %':>8}  {'step t alone %':>14}  {'loss':>7}"
+    lines = [head, "-" * len(head)]
+    for t in range(1, num_timesteps + 1):
+        lines.append(
+            f"{t:>9}  {row[f'val/top1_t{t}']:>8.2f}  {row[f'val/top5_t{t}']:>8.2f}"
+            f"  {row[f'val/step_top1_t{t}']:>14.2f}  {row[f'val/loss_t{t}']:>7.4f}"
+        )
+    lines.append(f"mean over timesteps: {row['val/top1_mean']:.2f} % of {int(row['val/samples'])} images")
+    return "\n".join(lines)
+
+
+def _drop_rows_after(path: Path, global_step: int) -> None:
+    """Forget what a resumed run will do again."""
+    rows = read_rows(path)
+    kept = [row for row in rows if row.get("global_step", 0) <= global_step]
+    if len(kept) < len(rows):
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)

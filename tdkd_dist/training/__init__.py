@@ -1,0 +1,1 @@
+"""A training on one rank: what it is made of, and the loop."""
