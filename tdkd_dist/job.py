@@ -73,9 +73,9 @@ class Job:
         import torch
 
         from tdkd_dist import distributed
-        from tdkd_dist.rank import Place
         from tdkd_dist.run.folder import RunFolder
-        from tdkd_dist.train import run
+        from tdkd_dist.training.rank import Place
+        from tdkd_dist.training.trainer import run
 
         device = _device(self.config, environment.local_rank)
         folder = RunFolder(self.config.run.folder.absolute())

@@ -87,13 +87,3 @@ def _send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
-
-
-def warn_of_short_notice(save_s: float, notice_s: float) -> str | None:
-    """What to say in a Slurm job if a checkpoint that took `save_s` may take longer than the notice before the end."""
-    if "SLURM_JOB_ID" not in os.environ or 2 * save_s <= notice_s:
-        return None
-    return (
-        f"warning: saving took {save_s:.0f} s; launcher.signal_delay_s={notice_s} should be {max(120, 3 * save_s):.0f}"
-        " or more, or a preempted job may lose the steps since its last checkpoint"
-    )

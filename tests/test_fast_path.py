@@ -17,15 +17,15 @@ from torch._inductor.fx_passes import freezing_patterns
 from torch.nn import functional as F
 
 from tdkd_dist import distributed
-from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import DataConfig, TeacherConfig
-from tdkd_dist.engine import Engine
 from tdkd_dist.losses import TemporalDistillationLoss
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run.log import Log
 from tdkd_dist.students import choose_recomputed, spiking_names
 from tdkd_dist.teachers import create_teacher
+from tdkd_dist.training.compilation import compile_training
+from tdkd_dist.training.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = {"sew_resnet101", "sew_resnet152"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tdkd_dist.config import TrainConfig
-from tdkd_dist.guard import StepGuard
+from tdkd_dist.training.guard import StepGuard
 
 GOOD, BAD = torch.tensor(1.0), torch.tensor(float("nan"))
 

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from tdkd_dist import checkpoint, distributed
-from tdkd_dist.checkpoint import Progress
+from tdkd_dist import distributed
 from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.config import Config, StudentConfig, TrainConfig
-from tdkd_dist.engine import Engine
 from tdkd_dist.students import create_student
+from tdkd_dist.training import checkpoint
+from tdkd_dist.training.checkpoint import Progress
+from tdkd_dist.training.engine import Engine
 
 
 def main(argv: list[str]) -> int:

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from tdkd_dist import distributed
-from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import Config
-from tdkd_dist.engine import Engine, use_bf16
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.recipe import load_config
 from tdkd_dist.students import SpikingNet, choose_recomputed, create_student
 from tdkd_dist.teachers import Teacher, create_teacher
-from tdkd_dist.train import make_loss
+from tdkd_dist.training.compilation import compile_training
+from tdkd_dist.training.engine import Engine, use_bf16
+from tdkd_dist.training.trainer import make_loss
 from tdkd_dist.validate import as_timesteps
 
 Step = Callable[[Tensor, Tensor], Tensor | None]

@@ -10,19 +10,20 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from tdkd_dist import checkpoint, distributed
-from tdkd_dist.checkpoint import Progress, best_checkpoint, find_damage, list_checkpoints
+from tdkd_dist import distributed
 from tdkd_dist.config import Config, LauncherConfig, StudentConfig
 from tdkd_dist.students import create_student
+from tdkd_dist.training import checkpoint
+from tdkd_dist.training.checkpoint import Progress, best_checkpoint, find_damage, list_checkpoints
 
 if TYPE_CHECKING:
-    from tdkd_dist.engine import Engine
+    from tdkd_dist.training.engine import Engine
 
 CPU = torch.device("cpu")
 
 
 def small_engine(world_size: int) -> "Engine":
-    from tdkd_dist.engine import Engine
+    from tdkd_dist.training.engine import Engine
 
     config = Config(
         student=StudentConfig(model="sew_resnet8", num_classes=3, num_timesteps=2, width=8),

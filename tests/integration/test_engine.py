@@ -53,7 +53,7 @@ def snapshot(student: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def train_with_engine(rank: int, world_size: int, **train: object) -> dict[str, torch.Tensor]:
-    from tdkd_dist.engine import Engine
+    from tdkd_dist.training.engine import Engine
 
     config = make_config(world_size, **train)
     engine = Engine(make_student(), config, device=torch.device("cpu"), steps_per_epoch=100, compiled=False)
@@ -116,7 +116,7 @@ def test_two_ranks_equal_one_rank_with_twice_the_accumulation_and_a_hand_written
 
 def state_after(rank: int, world_size: int, folder: Path) -> None:
     """Three steps at once, and one step, save, load in a fresh engine, two more: parameters, EMA, buffers, rate."""
-    from tdkd_dist.engine import Engine
+    from tdkd_dist.training.engine import Engine
 
     config = make_config(world_size, ema_decay=0.9)
     config.optim.schedule_on = "step"
@@ -160,7 +160,7 @@ def test_a_saved_state_goes_on_bit_for_bit(tmp_path):
 
 def skip_a_bad_step(rank: int, world_size: int, stage: int) -> None:
     """One rank's NaN in step 1 is skipped on both: all ends as if that step's batch had never been seen."""
-    from tdkd_dist.engine import Engine
+    from tdkd_dist.training.engine import Engine
 
     config = make_config(world_size, zero_stage=stage, sync_bn=True, ema_decay=0.9 if stage == 0 else 0.0)
     images, labels = make_batches()
@@ -192,7 +192,7 @@ def test_a_step_with_a_nan_on_one_rank_leaves_no_trace(stage):
 
 
 def bounded_by_the_bucket(rank: int, world_size: int, stage: int) -> None:
-    from tdkd_dist.engine import Engine
+    from tdkd_dist.training.engine import Engine
 
     engine = Engine(
         make_student(),
@@ -230,7 +230,7 @@ def test_weight_decay_skips_norms_and_biases():
 
 
 def one_step(rank: int, world_size: int, students: list[tuple[str, str]]) -> None:
-    from tdkd_dist.engine import Engine
+    from tdkd_dist.training.engine import Engine
 
     loss = TemporalDistillationLoss(0.0, 0.5, 1.0)
     for name, kind in students:
@@ -281,7 +281,7 @@ def wait_for_nothing(rank: int, world_size: int, stages: tuple[int, ...]) -> Non
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from torch._dynamo.testing import CompileCounter
 
-    from tdkd_dist import engine as module
+    from tdkd_dist.training import engine as module
 
     def synchronize(self: object, device_index: int | None = None) -> None:
         raise WaitedError
@@ -312,7 +312,7 @@ def test_deepspeed_never_waits_for_the_device_and_its_hooks_cost_no_graph():
 
 
 def gradients_travel_in_fp32(rank: int, world_size: int, stages: tuple[int, ...]) -> None:
-    from tdkd_dist.engine import Engine
+    from tdkd_dist.training.engine import Engine
 
     sent: list[torch.dtype] = []
     for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_gather"):

@@ -74,8 +74,8 @@ def imagenet_config(tree: Path, *overrides: str):
 
 
 def train(config) -> list[dict[str, float]]:
-    from tdkd_dist.rank import Place
-    from tdkd_dist.train import run
+    from tdkd_dist.training.rank import Place
+    from tdkd_dist.training.trainer import run
 
     folder = RunFolder(config.run.folder)
     folder.create(config)
@@ -111,7 +111,7 @@ def test_the_compiled_run_starts_at_the_same_loss(tree):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_synchronised_norms_and_the_engine_in_channels_last(compiled):
-    from tdkd_dist.engine import Engine
+    from tdkd_dist.training.engine import Engine
 
     config = load_config(
         "imagenet_sew18",

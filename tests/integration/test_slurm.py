@@ -172,7 +172,7 @@ def test_a_sweep_is_one_job_array_of_the_code_as_it_was(sandbox, command, tmp_pa
     assert len({job["job_id"].split("_")[0] for job in jobs if job}) == 1
     assert all(epochs_done(member) == 1 for member in members)
     (snapshot,) = (tmp_path / "sweep" / "submitit").glob("code-*")
-    assert (snapshot / "tdkd_dist" / "train.py").read_bytes() == (ROOT / "tdkd_dist" / "train.py").read_bytes()
+    assert (snapshot / "tdkd_dist/training/trainer.py").read_bytes() == (ROOT / "tdkd_dist/training/trainer.py").read_bytes()
 
 
 def test_a_hundred_members_take_one_call_of_sbatch(sandbox, command, tmp_path):

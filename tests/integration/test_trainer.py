@@ -53,8 +53,8 @@ def small_config(beton: Path, folder: Path, *overrides: str) -> Config:
 
 def train(config: Config) -> list[dict[str, float]]:
     """The record of a run on this rank."""
-    from tdkd_dist.rank import Place
-    from tdkd_dist.train import run
+    from tdkd_dist.training.rank import Place
+    from tdkd_dist.training.trainer import run
 
     folder = RunFolder(config.run.folder)
     folder.create(config)

@@ -8,13 +8,13 @@ from step_contestants import make_step
 
 from acceptance.found import Found
 from acceptance.scale import Scale
-from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import Config
 from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.normalise import Normalise
-from tdkd_dist.engine import use_bf16
 from tdkd_dist.recipe import list_recipes, load_config
 from tdkd_dist.students import create_student
+from tdkd_dist.training.compilation import compile_training
+from tdkd_dist.training.engine import use_bf16
 from tdkd_dist.validate import validate
 
 

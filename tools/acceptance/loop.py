@@ -19,17 +19,18 @@ from torch import Tensor, nn
 
 from acceptance.found import Found
 from acceptance.scale import Scale, Size, activities, compile_with, on_device, raw_events
-from tdkd_dist import checkpoint, train
-from tdkd_dist.compilation import compile_training
 from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.crops import Ints
 from tdkd_dist.data.loaders import TrainLoader, ValLoader
-from tdkd_dist.engine import Engine
-from tdkd_dist.rank import Place
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import Heartbeat
 from tdkd_dist.run.record import read_rows
 from tdkd_dist.students import SpikingNet, create_student
+from tdkd_dist.training import checkpoint
+from tdkd_dist.training import trainer
+from tdkd_dist.training.compilation import compile_training
+from tdkd_dist.training.engine import Engine
+from tdkd_dist.training.rank import Place
 
 WARM_UP = 6
 """Steps before anything is measured: compilation, cudnn's choice of algorithms, the allocator's blocks."""
@@ -151,7 +152,7 @@ def _train(scale: Scale, path: Path, should_stop: Callable[[], bool]) -> list[di
         for name, loader in loaders.items():
             stack.enter_context(patch.object(train, name, lambda *_, loader=loader, **__: loader))
         heartbeat = stack.enter_context(Heartbeat(folder.heartbeat, rank=0, timeout_s=600))
-        finished = train.run(config, folder, place, heartbeat, should_stop)
+        finished = trainer.run(config, folder, place, heartbeat, should_stop)
     assert not finished
     return [row for row in read_rows(folder.metrics_file) if "train/loss" in row]
 
@@ -254,7 +255,7 @@ class _Run:
         student = create_student(config.student).to(scale.device)
         self.engine = Engine(student, config, device=scale.device, steps_per_epoch=2, compiled=True)
         self.engine.student.train()
-        self._loss, self._accumulation = train.make_loss(config), config.accumulation
+        self._loss, self._accumulation = trainer.make_loss(config), config.accumulation
 
     def steps(self, start: int, stop: int) -> dict[str, Tensor]:
         """Take these steps; the weights and statistics after them, the moving average's too."""

@@ -16,10 +16,10 @@ from acceptance.found import Found
 from acceptance.scale import Scale, count_breaks, count_graphs
 from tdkd_dist import distributed
 from tdkd_dist.batch_norm import synchronise
-from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import DataConfig, TeacherConfig
 from tdkd_dist.students import create_student
 from tdkd_dist.teachers import Teacher, create_teacher
+from tdkd_dist.training.compilation import compile_training
 
 TOLERANCE = 1e-9
 """Of float64, relative to a tensor's largest entry: rounding, and no spike that flips."""

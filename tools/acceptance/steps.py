@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from acceptance.found import Found
 from acceptance.scale import Scale, Size, count_breaks, count_graphs
-from tdkd_dist.compilation import compile_training
-from tdkd_dist.engine import use_bf16
 from tdkd_dist.students import create_student
+from tdkd_dist.training.compilation import compile_training
+from tdkd_dist.training.engine import use_bf16
 
 STEPS = 6
 """More than the third, in which DeepSpeed's timer would have begun to wait for the device."""

@@ -32,9 +32,9 @@ import timm
 import torch
 from torch import fx, nn
 
-from tdkd_dist.compilation import compile_training
 from tdkd_dist.neurons import SpikingNeuron
 from tdkd_dist.students import spiking_names
+from tdkd_dist.training.compilation import compile_training
 
 MIB = 2**20
 VARIANTS = ("default", "run")

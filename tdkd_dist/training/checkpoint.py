@@ -7,6 +7,7 @@ when it is complete.
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from tdkd_dist import distributed
-from tdkd_dist.engine import Engine
+from tdkd_dist.training.engine import Engine
 
 MANIFEST = "manifest.json"
 LATEST, BEST = "latest", "best"
@@ -84,6 +85,16 @@ def restore(folder: Path, engine: Engine, say: Callable[[str], None]) -> Progres
         # To the CPU first: a GPU of that number need not be here.
         _set_rank_state(engine, torch.load(own, map_location="cpu", weights_only=False))
     return Progress(**json.loads((path / "progress.json").read_text()))
+
+
+def warn_of_short_notice(save_s: float, notice_s: float) -> str | None:
+    """What to say in a Slurm job if a checkpoint that took `save_s` may take longer than the notice before the end."""
+    if "SLURM_JOB_ID" not in os.environ or 2 * save_s <= notice_s:
+        return None
+    return (
+        f"warning: saving took {save_s:.0f} s; launcher.signal_delay_s={notice_s} should be {max(120, 3 * save_s):.0f}"
+        " or more, or a preempted job may lose the steps since its last checkpoint"
+    )
 
 
 def best_checkpoint(folder: Path) -> Path | None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tdkd_dist import distributed
 from tdkd_dist.batch_norm import synchronise
-from tdkd_dist.compilation import compile_training
 from tdkd_dist.config import Config
+from tdkd_dist.training.compilation import compile_training
 
 STATE_TAG = "engine"
 REDUCE_BUCKET = 10_000_000

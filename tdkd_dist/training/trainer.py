@@ -12,25 +12,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from tdkd_dist import checkpoint, distributed
-from tdkd_dist.checkpoint import Progress
-from tdkd_dist.compilation import compiles
+from tdkd_dist import distributed
 from tdkd_dist.config import Config
 from tdkd_dist.data.loaders import TrainLoader, make_train_loader, make_val_loader
 from tdkd_dist.data.mixing import Mixer
 from tdkd_dist.data.normalise import Normalise
-from tdkd_dist.engine import Engine
-from tdkd_dist.guard import StepGuard
 from tdkd_dist.losses import TemporalDistillationLoss
-from tdkd_dist.rank import Place, Run
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import Heartbeat
 from tdkd_dist.run.log import Log, format_seconds
 from tdkd_dist.run.record import Record
-from tdkd_dist.scheduler import warn_of_short_notice
 from tdkd_dist.students import choose_recomputed, create_student
 from tdkd_dist.teachers import Teacher, create_teacher
+from tdkd_dist.training import checkpoint
+from tdkd_dist.training.checkpoint import Progress, warn_of_short_notice
+from tdkd_dist.training.compilation import compiles
+from tdkd_dist.training.engine import Engine
+from tdkd_dist.training.guard import StepGuard
 from tdkd_dist.training.meter import TrainMeter
+from tdkd_dist.training.rank import Place, Run
 from tdkd_dist.validate import as_timesteps
 from tdkd_dist.weights import load_weights
 

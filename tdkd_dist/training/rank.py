@@ -13,17 +13,17 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from tdkd_dist.checkpoint import Progress
 from tdkd_dist.config import Config
 from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.loaders import ValLoader
 from tdkd_dist.data.normalise import Normalise
-from tdkd_dist.engine import use_bf16
 from tdkd_dist.run.figures import draw_accuracy_against_timestep
 from tdkd_dist.run.folder import RunFolder, write_json
 from tdkd_dist.run.heartbeat import Heartbeat
 from tdkd_dist.run.log import Log
 from tdkd_dist.run.record import Record, format_table
+from tdkd_dist.training.checkpoint import Progress
+from tdkd_dist.training.engine import use_bf16
 from tdkd_dist.validate import validate
 from tdkd_dist.weights import save_student
 
