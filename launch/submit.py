@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ValueError as error:
-        from tdkd_dist.job import is_users_mistake
+        from tdkd_dist.cluster.job import is_users_mistake
 
         if not is_users_mistake(error):
             raise
@@ -86,7 +86,7 @@ def submit(arguments: list[str]) -> int:
 
 def show(config: "Config") -> None:
     """What would be run, and what is missing for it."""
-    from tdkd_dist import preflight, submission
+    from tdkd_dist.cluster import preflight, submission
     from tdkd_dist.recipe import to_yaml
     from tdkd_dist.run.folder import RunFolder
 
@@ -109,7 +109,7 @@ def show(config: "Config") -> None:
 
 def run(config: "Config") -> int:
     """Submit and follow one run, unless it is finished; its exit status."""
-    from tdkd_dist import preflight, submission
+    from tdkd_dist.cluster import preflight, submission
     from tdkd_dist.run.folder import RunFolder
 
     cluster = submission.find_cluster(config)
@@ -131,7 +131,7 @@ def run(config: "Config") -> int:
 
 def run_sweep(configs: "list[Config]") -> int:
     """The members that are not finished: here one after the other, on Slurm as one job array."""
-    from tdkd_dist import follow, preflight, submission
+    from tdkd_dist.cluster import follow, preflight, submission
     from tdkd_dist.run.folder import RunFolder
 
     cluster = submission.find_cluster(configs[0])
@@ -161,8 +161,8 @@ def run_sweep(configs: "list[Config]") -> int:
 
 def run_array(configs: "list[Config]", weights: list[str | None]) -> dict[str, int]:
     """A sweep on Slurm, followed member by member; each one's exit status. Ctrl-C stops all members."""
-    from tdkd_dist import scheduler, submission
-    from tdkd_dist.follow import FINISHED, STOPPED, Follower
+    from tdkd_dist.cluster import scheduler, submission
+    from tdkd_dist.cluster.follow import FINISHED, STOPPED, Follower
     from tdkd_dist.run.folder import RunFolder
 
     outcomes = {config.run.name: FINISHED for config in configs}
@@ -190,8 +190,8 @@ def run_array(configs: "list[Config]", weights: list[str | None]) -> dict[str, i
 
 def manage(action: str, runs: list[str]) -> int:
     """status, logs or cancel, for each run."""
-    from tdkd_dist import status
-    from tdkd_dist.follow import show_log
+    from tdkd_dist.cluster import status
+    from tdkd_dist.cluster.follow import show_log
 
     for path in runs:
         folder = status.open_run(path)

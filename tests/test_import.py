@@ -30,6 +30,8 @@ def test_the_package_alone_is_quick():
     assert run("import sys, tdkd_dist; print(sorted({'torch', 'timm'} & set(sys.modules)))") == "[]"
 
 
-@pytest.mark.parametrize("module", ["tdkd_dist.status", "tdkd_dist.follow", "tdkd_dist.data.beton.writing"])
+@pytest.mark.parametrize(
+    "module", ["tdkd_dist.cluster.status", "tdkd_dist.cluster.follow", "tdkd_dist.data.beton.writing"]
+)
 def test_what_needs_no_network_does_not_wait_for_timm(module):
     assert run(f"import sys, {module}; print('timm' in sys.modules)") == "False"

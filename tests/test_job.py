@@ -6,9 +6,9 @@ import tempfile
 
 import torch
 
+from tdkd_dist.cluster.follow import LogTail, _bar
+from tdkd_dist.cluster.job import CACHES, Job, _SignalFlags, is_users_mistake, keep_caches_local
 from tdkd_dist.config import Config, LossConfig
-from tdkd_dist.follow import LogTail, _bar
-from tdkd_dist.job import CACHES, Job, _SignalFlags, is_users_mistake, keep_caches_local
 from tdkd_dist.run.log import PROGRESS_PREFIX
 from tdkd_dist.training.checkpoint import warn_of_short_notice
 

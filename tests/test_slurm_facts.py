@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tdkd_dist import slurm
+from tdkd_dist.cluster import slurm
 from tdkd_dist.config import LauncherConfig
 
 PARTITIONS = """\

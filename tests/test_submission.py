@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 
+from tdkd_dist.cluster.submission import make_executor
 from tdkd_dist.config import Config, LauncherConfig
 from tdkd_dist.run.folder import RunFolder
-from tdkd_dist.submission import make_executor
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdkd_dist import distributed
-from tdkd_dist.job import Job
+from tdkd_dist.cluster.job import Job
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run.heartbeat import EXIT_STATUS, find_laggard, outlasting, read_signs
 

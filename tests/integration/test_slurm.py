@@ -15,12 +15,12 @@ import kill_campaign
 import psutil
 import pytest
 
+from tdkd_dist.cluster.follow import QUEUE_POLL_S
+from tdkd_dist.cluster.status import cancel, describe_run
+from tdkd_dist.cluster.submission import _submitted, make_executor, refuse_if_alive
 from tdkd_dist.config import Config, LauncherConfig
-from tdkd_dist.follow import QUEUE_POLL_S
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.record import read_rows
-from tdkd_dist.status import cancel, describe_run
-from tdkd_dist.submission import _submitted, make_executor, refuse_if_alive
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SANDBOX = str(ROOT / "tools" / "slurm_sandbox.sh")
@@ -172,7 +172,9 @@ def test_a_sweep_is_one_job_array_of_the_code_as_it_was(sandbox, command, tmp_pa
     assert len({job["job_id"].split("_")[0] for job in jobs if job}) == 1
     assert all(epochs_done(member) == 1 for member in members)
     (snapshot,) = (tmp_path / "sweep" / "submitit").glob("code-*")
-    assert (snapshot / "tdkd_dist/training/trainer.py").read_bytes() == (ROOT / "tdkd_dist/training/trainer.py").read_bytes()
+    assert (snapshot / "tdkd_dist/training/trainer.py").read_bytes() == (
+        ROOT / "tdkd_dist/training/trainer.py"
+    ).read_bytes()
 
 
 def test_a_hundred_members_take_one_call_of_sbatch(sandbox, command, tmp_path):

@@ -26,8 +26,7 @@ from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import Heartbeat
 from tdkd_dist.run.record import read_rows
 from tdkd_dist.students import SpikingNet, create_student
-from tdkd_dist.training import checkpoint
-from tdkd_dist.training import trainer
+from tdkd_dist.training import checkpoint, trainer
 from tdkd_dist.training.compilation import compile_training
 from tdkd_dist.training.engine import Engine
 from tdkd_dist.training.rank import Place
@@ -150,7 +149,7 @@ def _train(scale: Scale, path: Path, should_stop: Callable[[], bool]) -> list[di
     place = Place(device=scale.device, rank=0, world_size=1, workers=1)
     with ExitStack() as stack:
         for name, loader in loaders.items():
-            stack.enter_context(patch.object(train, name, lambda *_, loader=loader, **__: loader))
+            stack.enter_context(patch.object(trainer, name, lambda *_, loader=loader, **__: loader))
         heartbeat = stack.enter_context(Heartbeat(folder.heartbeat, rank=0, timeout_s=600))
         finished = trainer.run(config, folder, place, heartbeat, should_stop)
     assert not finished

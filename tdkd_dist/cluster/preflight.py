@@ -7,8 +7,8 @@ from pathlib import Path
 import timm.optim
 import torch
 
-from tdkd_dist import slurm
 from tdkd_dist.batch_norm import synchronise
+from tdkd_dist.cluster import slurm
 from tdkd_dist.config import Config, require
 from tdkd_dist.data.beton.manifest import check_beton
 from tdkd_dist.data.loaders import count_classes, open_pictures

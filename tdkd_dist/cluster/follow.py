@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist import scheduler, slurm
-from tdkd_dist.job import Outcome
+from tdkd_dist.cluster import scheduler, slurm
+from tdkd_dist.cluster.job import Outcome
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import find_laggard, read_signs
 from tdkd_dist.run.log import PROGRESS_PREFIX

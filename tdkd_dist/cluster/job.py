@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tdkd_dist.config import Config
 from tdkd_dist.run.heartbeat import Heartbeat, outlasting
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",

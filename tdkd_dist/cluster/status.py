@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from tdkd_dist import scheduler, slurm
+from tdkd_dist.cluster import scheduler, slurm
 from tdkd_dist.config import Config, require
 from tdkd_dist.recipe import read_config
 from tdkd_dist.run.folder import RunFolder

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist import scheduler, slurm
+from tdkd_dist.cluster import scheduler, slurm
+from tdkd_dist.cluster.follow import CRASHED, Follower
+from tdkd_dist.cluster.job import PACKAGE, PREEMPTED_FILE, Job
 from tdkd_dist.config import Config
-from tdkd_dist.follow import CRASHED, Follower
-from tdkd_dist.job import PACKAGE, PREEMPTED_FILE, Job
 from tdkd_dist.run.folder import RunFolder
 
 
