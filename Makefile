@@ -49,4 +49,4 @@ lint: $(VENV)/.ready ## ruff and mypy
 	@$(VENV)/bin/mypy
 
 bench: $(VENV)/.ready ## benchmarks; results go to docs/results/
-	@$(PY) tools/bench_students.py
+	@$(PY) tools/bench/students.py

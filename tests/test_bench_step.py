@@ -1,7 +1,7 @@
 """The contestants of tools/bench_step.py compute what they are said to."""
 
 import torch
-from bench_step import allocated_mib
+from step import allocated_mib
 from step_contestants import LoopedNet
 
 from tdkd_dist.config import StudentConfig

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from step_contestants import make_step
 from torch import nn
 
 from tdkd_dist import distributed
@@ -34,6 +33,7 @@ from tdkd_dist.data.beton.manifest import check_beton
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run.log import format_seconds
 from tdkd_dist.students import create_student
+from tdkd_dist.training.step import build_untrained
 
 GPUS = "1,2,4,8,16,32,64,128,256,512"
 GPU_GB_S = 200.0
@@ -149,7 +149,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--latency-us", type=float, default=5.0, help="of one message")
     parser.add_argument("--images", type=int, help="of an epoch; those of data.train if it is here, else ImageNet's")
     parser.add_argument(
-        "--loader-core-ms", type=float, default=0.81, help="an image, as tools/bench_loader.py finds it"
+        "--loader-core-ms", type=float, default=0.81, help="an image, as tools/bench/loader.py finds it"
     )
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="of a node")
     parser.add_argument("--check", action="store_true", help="also run the recipe's ranks here together, and compare")
@@ -292,7 +292,7 @@ def _time_steps(config: Config, meet: Any) -> float:
     device = torch.device(_device(config))
     config.train.batch_size = config.micro_batch * dist.get_world_size()
     config.launcher.nodes, config.launcher.tasks_per_node = 1, dist.get_world_size()
-    step = make_step(config, device, compiled=config.train.compile is True or device.type == "cuda")
+    step = build_untrained(config, device, compiled=config.train.compile is True or device.type == "cuda")
     size, channels, micro = config.data.image_size, config.student.in_chans, config.micro_batch
     x_BCHW = torch.randn(micro, channels, size, size, device=device).to(memory_format=torch.channels_last)
     labels_B = torch.randint(config.student.num_classes, (micro,), device=device)
@@ -301,7 +301,7 @@ def _time_steps(config: Config, meet: Any) -> float:
         if k in (0, 5):
             meet.wait()
         started = time.perf_counter()
-        step(x_BCHW, labels_B)
+        step([(x_BCHW, labels_B)] * config.accumulation)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

@@ -52,12 +52,6 @@ class Run:
     normalise: Normalise
     validation: ValLoader
 
-    @property
-    def autocast(self) -> torch.autocast:
-        """The precision of forward passes."""
-        device = self.place.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(self.config, device))
-
     def validate(self, model: nn.Module, num_timesteps: int) -> dict[str, Any]:
         """Metrics of `model` on the whole validation set, the same on every rank."""
         return validate(

@@ -17,7 +17,6 @@ from tdkd_dist.config import Config
 from tdkd_dist.data.loaders import TrainLoader, make_train_loader, make_val_loader
 from tdkd_dist.data.mixing import Mixer
 from tdkd_dist.data.normalise import Normalise
-from tdkd_dist.losses import TemporalDistillationLoss
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import Heartbeat
 from tdkd_dist.run.log import Log, format_seconds
@@ -27,11 +26,10 @@ from tdkd_dist.teachers import Teacher, create_teacher
 from tdkd_dist.training import checkpoint
 from tdkd_dist.training.checkpoint import Progress, warn_of_short_notice
 from tdkd_dist.training.compilation import compiles
-from tdkd_dist.training.engine import Engine
 from tdkd_dist.training.guard import StepGuard
 from tdkd_dist.training.meter import TrainMeter
 from tdkd_dist.training.rank import Place, Run
-from tdkd_dist.validate import as_timesteps
+from tdkd_dist.training.step import TrainStep
 from tdkd_dist.weights import load_weights
 
 
@@ -89,9 +87,7 @@ class Trainer:
     """A training in progress, on one rank."""
 
     parts: Run
-    engine: Engine
-    teacher: Teacher | None
-    loss: TemporalDistillationLoss
+    step: TrainStep
     loader: TrainLoader
     mixer: Mixer
     record: Record
@@ -123,14 +119,12 @@ class Trainer:
         distributed.meet(opening)
         parts.heartbeat.beat("building networks", 0)
         compiled = compiles(config.train, loader.steps_per_epoch, place.device)
-        teacher = _build_teacher(parts)
-        if teacher is not None and compiled:
-            teacher.compile_folded()
         if config.train.activation_budget < 1 and not compiled:
             log.say("train.activation_budget: ignored, the student is not compiled (train.compile=true compiles it)")
-        engine = Engine(
-            student,
+        step = TrainStep(
             config,
+            student,
+            _build_teacher(parts),
             device=place.device,
             steps_per_epoch=loader.steps_per_epoch,
             compiled=compiled,
@@ -138,7 +132,7 @@ class Trainer:
         # Initialisation is the same on every rank; what the training itself draws is each rank's own.
         torch.manual_seed(config.run.seed * 100_003 + place.rank)
         parts.heartbeat.beat("restoring", 0)
-        restored = checkpoint.restore(parts.folder.checkpoints, engine, log.say)
+        restored = checkpoint.restore(parts.folder.checkpoints, step.engine, log.say)
         progress = restored or Progress()
         if restored:
             log.say(f"resumed after epoch {progress.epoch}, at step {progress.global_step}")
@@ -155,9 +149,7 @@ class Trainer:
         )
         return cls(
             parts=parts,
-            engine=engine,
-            teacher=teacher,
-            loss=make_loss(config),
+            step=step,
             loader=loader,
             mixer=mixer,
             record=record,
@@ -170,14 +162,14 @@ class Trainer:
         """To the end, or until asked to stop (False)."""
         config, progress = self.parts.config, self.progress
         try:
-            if self.teacher is not None and not self.resumed:
-                self._measure_teacher(self.teacher)
+            if self.step.teacher is not None and not self.resumed:
+                self._measure_teacher(self.step.teacher)
             row: dict[str, float] | None = None
             while not self._complete:
                 started = time.monotonic()
                 stop = self._train_epoch()
                 if progress.step_in_epoch == 0 or self._complete:
-                    self.engine.sync_buffers()
+                    self.step.engine.sync_buffers()
                     if self._complete or progress.epoch % config.eval.every == 0:
                         row = self._validate(time.monotonic() - started)
                 saved = self._save()
@@ -186,8 +178,8 @@ class Trainer:
                     self.parts.log.say(f"stopped at step {progress.global_step}; the same command goes on from {where}")
                     return False
             if row is None:
-                row = self.parts.validate_student(self.engine.deployed)
-            self.parts.save_student(self.parts.folder.student_file, self.engine.deployed, progress)
+                row = self.parts.validate_student(self.step.engine.deployed)
+            self.parts.save_student(self.parts.folder.student_file, self.step.engine.deployed, progress)
             self.parts.finish(self.record, progress, row)
             return True
         finally:
@@ -196,7 +188,7 @@ class Trainer:
 
     def _train_epoch(self) -> bool:
         """To the end of the epoch or of the run, or to where it was asked to stop (True)."""
-        config, progress, engine = self.parts.config, self.progress, self.engine
+        config, progress, engine = self.parts.config, self.progress, self.step.engine
         engine.student.train()
         meter = TrainMeter(self.parts.log, self.record, config, self.loader.steps_per_epoch)
         batches = self.loader.epoch(progress.epoch, progress.step_in_epoch)
@@ -213,17 +205,12 @@ class Trainer:
                 x_BCHW, labels = self.mixer(
                     self.parts.normalise(images_BCHW), labels_B, progress.global_step, micro_batch
                 )
-                with self.parts.autocast:
-                    teacher_logits_BK = self.teacher(x_BCHW) if self.teacher is not None else None
-                logits_TBK = as_timesteps(engine.forward(x_BCHW))
-                terms = self.loss(logits_TBK, teacher_logits_BK, labels)
-                guard.watch(terms.total)
-                engine.backward(terms.total)
+                terms, logits_TBK = self.step.forward_backward(x_BCHW, labels, guard.watch)
                 measured.append(meter.measure(terms, logits_TBK, labels))
             heartbeat.beat("agreeing", progress.global_step)
             samples = partial(self.loader.samples, progress.epoch, progress.step_in_epoch)
             skip = guard.agree(progress.global_step, samples)
-            engine.update(skip=skip)
+            self.step.update(skip=skip)
             if skip:
                 engine.recall_buffers()
                 self.parts.log.say(
@@ -253,7 +240,7 @@ class Trainer:
         if config.train.random_timesteps:
             generator = np.random.default_rng([config.run.seed, self.progress.global_step])
             T = int(generator.integers(1, config.student.num_timesteps + 1))
-            self.engine.student.set_num_timesteps(T)  # type: ignore[operator]
+            self.step.engine.student.set_num_timesteps(T)  # type: ignore[operator]
 
     @property
     def _complete(self) -> bool:
@@ -288,7 +275,7 @@ class Trainer:
 
     def _validate(self, seconds: float) -> dict[str, float]:
         progress, parts = self.progress, self.parts
-        row = parts.validate_student(self.engine.deployed)
+        row = parts.validate_student(self.step.engine.deployed)
         self.record.write({"epoch": progress.epoch, "global_step": progress.global_step, **row})
         curve = " ".join(f"{row[f'val/top1_t{t}']:.2f}" for t in range(1, parts.config.eval_timesteps + 1))
         parts.log.say(
@@ -298,7 +285,7 @@ class Trainer:
         if row["val/top1_mean"] > progress.best:
             progress.best = row["val/top1_mean"]
             self._is_best = True
-            parts.save_student(parts.folder.best_student_file, self.engine.deployed, progress)
+            parts.save_student(parts.folder.best_student_file, self.step.engine.deployed, progress)
         return row
 
     def _save(self) -> bool:
@@ -306,7 +293,7 @@ class Trainer:
         folder, keep = self.parts.folder.checkpoints, self.parts.config.train.keep_checkpoints
         self.parts.heartbeat.beat("saving", self.progress.global_step)
         say, started = self.parts.log.say, time.monotonic()
-        saved = checkpoint.save(folder, self.engine, self.progress, keep=keep, best=self._is_best, say=say)
+        saved = checkpoint.save(folder, self.step.engine, self.progress, keep=keep, best=self._is_best, say=say)
         notice_s = self.parts.config.launcher.signal_delay_s
         if not self._warned and (warning := warn_of_short_notice(time.monotonic() - started, notice_s)):
             self._warned = True
@@ -314,21 +301,6 @@ class Trainer:
         self._is_best = False
         self.guard.saved()
         return saved
-
-
-def make_loss(config: Config) -> TemporalDistillationLoss:
-    """The objective that a recipe's `loss` section describes."""
-    loss = config.loss
-    return TemporalDistillationLoss(
-        loss.alpha,
-        loss.beta,
-        loss.temperature,
-        loss.self_target,
-        target=loss.target,
-        label_smoothing=loss.label_smoothing,
-        consistency=loss.consistency,
-        tet=loss.tet,
-    )
 
 
 def _build_teacher(parts: Run) -> Teacher | None:

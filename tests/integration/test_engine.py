@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from bench_step import allocated_mib
 from ranks import run_ranks
+from step import allocated_mib
 
 from tdkd_dist.config import Config, LauncherConfig, OptimConfig, StudentConfig, TrainConfig
 from tdkd_dist.losses import TemporalDistillationLoss

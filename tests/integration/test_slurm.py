@@ -148,7 +148,7 @@ def test_preemptions_and_time_outs_do_not_count(sandbox, command, tmp_path, monk
 
 @pytest.mark.timeout(2400)
 def test_three_kills_leave_no_trace(sandbox, tmp_path, monkeypatch):
-    """CI's share of tools/kill_campaign.py: a rank, all ranks and a node's daemon, at random moments of one run."""
+    """CI's share of the kill campaign: a rank, all ranks and a node's daemon, at random moments of one run."""
     monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
     data = kill_campaign.prepare(tmp_path)
     reference = kill_campaign.run_reference(tmp_path, data)

@@ -4,7 +4,6 @@ import gc
 import time
 
 import torch
-from step_contestants import make_step
 
 from acceptance.found import Found
 from acceptance.scale import Scale
@@ -15,6 +14,7 @@ from tdkd_dist.recipe import list_recipes, load_config
 from tdkd_dist.students import create_student
 from tdkd_dist.training.compilation import compile_training
 from tdkd_dist.training.engine import use_bf16
+from tdkd_dist.training.step import build_untrained
 from tdkd_dist.validate import validate
 
 
@@ -60,11 +60,12 @@ def _peak_mib(scale: Scale, config: Config, *, compiled: bool) -> float | None:
     """Of a second step; None if it does not fit."""
     size, channels, n = config.data.image_size, config.student.in_chans, config.micro_batch
     try:
-        step = make_step(config, scale.device, compiled=compiled)
+        step = build_untrained(config, scale.device, compiled=compiled)
         x_BCHW = torch.randn(n, channels, size, size, device=scale.device).to(memory_format=torch.channels_last)
         labels_B = torch.randint(config.student.num_classes, (n,), device=scale.device)
-        step(x_BCHW, labels_B)
-        return scale.peak_mib(lambda: step(x_BCHW, labels_B))
+        batches = [(x_BCHW, labels_B)] * config.accumulation
+        step(batches)
+        return scale.peak_mib(lambda: step(batches))
     except torch.cuda.OutOfMemoryError:
         return None
     finally:

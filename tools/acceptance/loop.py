@@ -28,8 +28,8 @@ from tdkd_dist.run.record import read_rows
 from tdkd_dist.students import SpikingNet, create_student
 from tdkd_dist.training import checkpoint, trainer
 from tdkd_dist.training.compilation import compile_training
-from tdkd_dist.training.engine import Engine
 from tdkd_dist.training.rank import Place
+from tdkd_dist.training.step import TrainStep
 
 WARM_UP = 6
 """Steps before anything is measured: compilation, cudnn's choice of algorithms, the allocator's blocks."""
@@ -252,17 +252,15 @@ class _Run:
         self._scale = scale
         config = scale.config(scale.small, "train.ema_decay=0.9", "loss.alpha=0", "optim.lr=0.01")
         student = create_student(config.student).to(scale.device)
-        self.engine = Engine(student, config, device=scale.device, steps_per_epoch=2, compiled=True)
+        self._step = TrainStep(config, student, None, device=scale.device, steps_per_epoch=2, compiled=True)
+        self.engine, self._accumulation = self._step.engine, config.accumulation
         self.engine.student.train()
-        self._loss, self._accumulation = trainer.make_loss(config), config.accumulation
 
     def steps(self, start: int, stop: int) -> dict[str, Tensor]:
         """Take these steps; the weights and statistics after them, the moving average's too."""
         for step in range(start, stop):
-            for micro_batch in range(self._accumulation):
-                x_BCHW, labels_B = self._scale.batch(self._scale.small, seed=10 * step + micro_batch)
-                self.engine.backward(self._loss(self.engine.forward(x_BCHW), None, labels_B).total)
-            self.engine.update()
+            seeds = range(10 * step, 10 * step + self._accumulation)
+            self._step(self._scale.batch(self._scale.small, seed=seed) for seed in seeds)
         networks: dict[str, nn.Module] = {"student": self.engine.student, "average": self.engine.deployed}
         return {
             f"{k}.{name}": v.detach().clone() for k, net in networks.items() for name, v in net.state_dict().items()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from bench_step import timed
+from step import timed
 from torch import Tensor, nn
 
 from acceptance.found import Found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench_step import allocated_mib
+from step import allocated_mib
 from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch._dynamo.utils import counters
@@ -81,7 +81,7 @@ class Scale:
         return load_config("imagenet_sew34", [*(f"{key}={value}" for key, value in settings.items()), *overrides])
 
     def options(self, size: Size, variant: str, *, compiled: bool) -> argparse.Namespace:
-        """What the contestants of `bench_step.py` are asked for."""
+        """What the contestants of `bench/step.py` are asked for."""
         return argparse.Namespace(
             device=self.device.type,
             student=size.student,

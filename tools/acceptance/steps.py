@@ -9,8 +9,8 @@ from unittest.mock import patch
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
-from bench_step import timed
-from step_contestants import CONTESTANTS, inputs, make_step
+from step import timed
+from step_contestants import CONTESTANTS, inputs
 from torch import Tensor, nn
 
 from acceptance.found import Found
@@ -18,6 +18,7 @@ from acceptance.scale import Scale, Size, count_breaks, count_graphs
 from tdkd_dist.students import create_student
 from tdkd_dist.training.compilation import compile_training
 from tdkd_dist.training.engine import use_bf16
+from tdkd_dist.training.step import build_untrained
 
 STEPS = 6
 """More than the third, in which DeepSpeed's timer would have begun to wait for the device."""
@@ -32,18 +33,18 @@ def engine(scale: Scale) -> Found:
     scale.spare_code_generation()
     found, config = Found(), scale.config(scale.whole)
     scale.start_group()
-    step = make_step(config, scale.device, compiled=True)
-    images_BCHW, labels_B = scale.batch(scale.whole)
+    step = build_untrained(config, scale.device, compiled=True)
+    batches = [scale.batch(scale.whole)] * config.accumulation
     losses, seconds = [], []
     for _ in range(STEPS):
         started = time.perf_counter()
-        losses.append(float(step(images_BCHW, labels_B)))
+        losses.append(float(step(batches)))
         seconds.append(time.perf_counter() - started)
     found.figures |= {
         "micro-batches a step": config.accumulation,
         "first step, s": seconds[0],
         "ms a step": 1000 * statistics.median(seconds[3:]),
-        "peak, MiB": scale.peak_mib(lambda: step(images_BCHW, labels_B)),
+        "peak, MiB": scale.peak_mib(lambda: step(batches)),
         "graphs": count_graphs(),
         "graph breaks": count_breaks(),
         "first loss": losses[0],
@@ -112,7 +113,7 @@ def others(scale: Scale) -> Found:
 
 
 def _compete(scale: Scale, variants: dict[str, str], *, compiled: bool) -> tuple[Found, dict[str, list[float]]]:
-    """Contestants of `bench_step.py` in turns: ms and kernels of each; and the seconds of every round."""
+    """Contestants of `bench/step.py` in turns: ms and kernels of each; and the seconds of every round."""
     found, steps = Found(), {}
     for name, variant in variants.items():
         options = scale.options(scale.plain, variant, compiled=compiled)

@@ -1,7 +1,7 @@
 """Peak memory of the student's training pass against the number of timesteps, and what each option saves.
 
-    python tools/bench_memory.py                                                     # this machine: 16 images of 96 px
-    python tools/bench_memory.py --device cuda --batch 64 --size 224 --precision bf16
+    python tools/bench/memory.py                                                     # this machine: 16 images of 96 px
+    python tools/bench/memory.py --device cuda --batch 64 --size 224 --precision bf16
 
 Forward, cross-entropy and backward of our student alone, in a process of its own for each figure; on a CPU without what
 was there before (weights, old gradients); `resnet` is timm's plain one on T*B images. The slope is that of a straight
@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from bench_step import describe, parse
 from rounds import Worker, compete
+from step import describe, parse
 from step_contestants import make_config
 
 from tdkd_dist.command_line import Parser, publish, run_tool

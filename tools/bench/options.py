@@ -1,16 +1,16 @@
 """What each option of the training step costs or saves, against the step with every option at its default.
 
-    python tools/bench_options.py [--rounds 7] [--markdown FILE] [bench_step's --device, --batch, --size, ...]
+    python tools/bench/options.py [--rounds 7] [--markdown FILE] [step.py's --device, --batch, --size, ...]
 
-Our full step of tools/bench_step.py (student, teacher, losses, backward, optimiser), each variant in a process of its
+Our full step of tools/bench/step.py (student, teacher, losses, backward, optimiser), each variant in a process of its
 own, and a round goes through all of them; a ratio is the median over rounds of a round's ratio.
 """
 
 import statistics
 import sys
 
-from bench_step import describe, parse
 from rounds import Worker, compete, ratio
+from step import describe, parse
 
 from tdkd_dist.command_line import publish, run_tool
 

@@ -1,7 +1,7 @@
 """Kill a run on the two-node Slurm at random moments, and see whether it ends as the unhurt one does.
 
     eval "$(tools/slurm_sandbox.sh up)"
-    python tools/kill_campaign.py WORK [--count 20] [--seed 0] [--markdown FILE]
+    python tools/bench/kill_campaign.py WORK [--count 20] [--seed 0] [--markdown FILE]
 
 Each of `--count` runs is hurt in every way there is, one after the other: `node` is SIGKILL of a node's slurmd, which
 is started again after it was missed, `rank` of one rank, `all` of every rank. A checkpoint is saved at every step, so
@@ -31,7 +31,7 @@ from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.log import format_seconds
 from tdkd_dist.run.record import read_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ("node", "rank", "all")
 EPOCHS, STEPS_PER_EPOCH = 600, 3
 NODES = ("tdkd-n1", "tdkd-n2")

@@ -1,7 +1,7 @@
 """Time and peak memory of a training step of every student, beside spikingjelly's where it has the network.
 
-    python tools/bench_students.py                       # this machine: T=4, 4 images of 96 px on a CPU
-    python tools/bench_students.py --device cuda --batch 32 --size 224 --compile
+    python tools/bench/students.py                       # this machine: T=4, 4 images of 96 px on a CPU
+    python tools/bench/students.py --device cuda --batch 32 --size 224 --compile
 
 Each network runs in a process of its own, since peak memory is the process's. A step is forward, mean of the logits
 over time, cross-entropy, backward; the optimiser is left out, as it is the same for both. A table in Markdown.

@@ -1,6 +1,6 @@
 """How long a run takes from the command to its first step, by part.
 
-    python tools/bench_startup.py recipe=fashion_sew [--rounds 5] [--markdown FILE]
+    python tools/bench/startup.py recipe=fashion_sew [--rounds 5] [--markdown FILE]
 
 Runs the recipe for one step, once to fill the caches and then `--rounds` times, each time in a folder of its own.
 `command` is what the launcher does before the job's processes start, and what its output takes to appear; the check of
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tdkd_dist.command_line import Parser, publish, run_tool
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 LINE = re.compile(r"first step after ([\d.]+) s \((.*)\)")
 CHECK = "validating"
 

@@ -1,6 +1,6 @@
 """What a checkpoint costs: its size, the time to write and to read it, and the share of training that saving takes.
 
-    python tools/bench_checkpoint.py [--student sew_resnet34 ...] [--folder DIR] [--rounds 5] [--markdown FILE]
+    python tools/bench/checkpoint.py [--student sew_resnet34 ...] [--folder DIR] [--rounds 5] [--markdown FILE]
 
 One rank, fp32, SGD with momentum and a moving average of the weights. `--folder` is the file system to measure. The
 peer is a bare `torch.save` of as many tensors, measured in the same run. Neither waits for the disk itself: a

@@ -10,15 +10,15 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
 
-BENCH_STEP = Path(__file__).resolve().with_name("bench_step.py")
+STEP = Path(__file__).resolve().with_name("step.py")
 
 
 class Worker:
-    """A contestant of `bench_step.py` in its own process."""
+    """A contestant of `step.py` in its own process."""
 
     def __init__(self, argv: list[str], name: str, variant: str = "eager") -> None:
         self.name, self.variant = name, variant
-        command = [sys.executable, str(BENCH_STEP), *argv, "--worker", name, "--variant", variant]
+        command = [sys.executable, str(STEP), *argv, "--worker", name, "--variant", variant]
         self._process = Popen(command, stdin=PIPE, stdout=PIPE, text=True)
 
     def ask(self, question: str) -> Any:

@@ -1,4 +1,4 @@
-"""How fast can pictures be had? python tools/bench_loader.py PHOTOS WORK [--count 2000] [--size 224] [--workers N].
+"""How fast can pictures be had? python tools/bench/loader.py PHOTOS WORK [--count 2000] [--size 224] [--workers N].
 
 PHOTOS: any folder of large photographs (Debian: the pictures of mate-backgrounds and plasma-workspace-wallpapers).
 They are cut into JPEGs of ImageNet's size in WORK, written as a beton, and read by our loader, by bare FFCV with the

@@ -1,4 +1,4 @@
-"""The five training steps that `bench_step.py` compares. Each is a function of images and labels, and does one step.
+"""The five training steps that `step.py` compares. Each is a function of images and labels, and does one step.
 
 full          ours: student, teacher, all three losses, backward, optimiser, by the run's own engine; without the ranks'
               agreement and the record, which cost a CPU nothing
@@ -13,7 +13,6 @@ Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,18 +20,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from tdkd_dist import distributed
 from tdkd_dist.config import Config
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.recipe import load_config
 from tdkd_dist.students import SpikingNet, choose_recomputed, create_student
-from tdkd_dist.teachers import Teacher, create_teacher
 from tdkd_dist.training.compilation import compile_training
-from tdkd_dist.training.engine import Engine, use_bf16
-from tdkd_dist.training.trainer import make_loss
-from tdkd_dist.validate import as_timesteps
+from tdkd_dist.training.step import build_untrained
 
 Step = Callable[[Tensor, Tensor], Tensor | None]
 """One step on images and labels; some give the loss."""
@@ -58,50 +53,13 @@ def make_config(options: argparse.Namespace) -> Config:
 
 def full(options: argparse.Namespace) -> Step:
     """Our whole step."""
-    distributed.start_here(0, 1, distributed.free_port(), torch.device(options.device))
-    layout = LAYOUTS[options.layout]
-    return make_step(make_config(options), torch.device(options.device), compiled=options.compile, layout=layout)
-
-
-def make_step(
-    config: Config, device: torch.device, *, compiled: bool, layout: torch.memory_format = torch.channels_last
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A run's optimiser step on this rank, with a teacher of random weights; the process group must exist.
-
-    It takes the images once for each of the run's micro-batches, and gives the last loss, on the device.
-    """
-    torch.manual_seed(0)
-    student = create_student(config.student).to(device)
-    choose_recomputed(student, config)
-    engine = Engine(student, config, device=device, steps_per_epoch=1000, compiled=compiled)
-    engine.student.train()
+    device, layout, config = torch.device(options.device), LAYOUTS[options.layout], make_config(options)
+    distributed.start_here(0, 1, distributed.free_port(), device)
+    step = build_untrained(config, device, compiled=options.compile)
     if layout is not torch.channels_last:  # the engine's choice, except under ZeRO
-        engine.student.to(memory_format=layout)
-    teacher: Teacher | None = None
-    if config.loss.alpha:
-        plain = replace(config.teacher, checkpoint=None, pretrained=False)
-        classes, channels = config.student.num_classes, config.student.in_chans
-        teacher = create_teacher(plain, config.data, num_classes=classes, in_chans=channels)
-        teacher.to(device, memory_format=layout)  # type: ignore[call-overload]
-        if compiled:
-            teacher.compile_folded()
-    loss = make_loss(config)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config, device))
-
-    def step(images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        for _ in range(config.accumulation):
-            with record_function("teacher"), autocast:
-                teacher_logits_BK = teacher(images_BCHW) if teacher is not None else None
-            with record_function("student"):
-                logits_TBK = as_timesteps(engine.forward(images_BCHW))
-            with record_function("loss"):
-                total: Tensor = loss(logits_TBK, teacher_logits_BK, labels_B).total
-            engine.backward(total)
-        with record_function("optimiser"):
-            engine.update()
-        return total.detach()
-
-    return step
+        for net in (step.engine.student, step.teacher):
+            net.to(memory_format=layout)  # type: ignore[union-attr]
+    return lambda images_BCHW, labels_B: step([(images_BCHW, labels_B)] * config.accumulation)
 
 
 def student(options: argparse.Namespace) -> Step:
