@@ -15,6 +15,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tdkd_dist.mistakes import Mistake
+
 Net = TypeVar("Net", bound=nn.Module)
 
 
@@ -23,7 +25,7 @@ def synchronise(net: Net) -> Net:
 
     In place; parameters, buffers and their names stay. With batches of equal size, W ranks then compute what one
     process computes of all their samples (Ioffe & Szegedy 2015): output, running statistics and, once averaged over
-    ranks, gradients. In eval mode, on one rank and outside a process group nothing changes. Raises `ValueError`, naming
+    ranks, gradients. In eval mode, on one rank and outside a process group nothing changes. Raises `Mistake`, naming
     `train.sync_bn`, for a network with another kind of batch norm than those below.
     """
     for module in net.modules():
@@ -31,7 +33,7 @@ def synchronise(net: Net) -> Net:
             continue
         kind = next((kind for plain, kind in _KINDS if type(module) is plain), None)
         if kind is None:
-            raise ValueError(f"train.sync_bn: {type(module).__name__} can't be synchronised; set train.sync_bn=false")
+            raise Mistake(f"train.sync_bn: {type(module).__name__} can't be synchronised; set train.sync_bn=false")
         module.__class__ = kind  # which keeps parameters, buffers, hooks and settings as they are
     return net
 

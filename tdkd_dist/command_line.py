@@ -1,4 +1,4 @@
-"""What the command lines in `tools/` share."""
+"""What the command lines share."""
 
 import argparse
 import sys
@@ -6,23 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from tdkd_dist.mistakes import Mistake
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake told in one line."""
+    """argparse, with a mistake told in one line, and the description shown as it is written."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        """Raise the `ValueError` that `run_tool` prints."""
-        raise ValueError(message)
+        """Raise the `Mistake` that `run_tool` prints."""
+        raise Mistake(message)
 
 
-def run_tool(action: Callable[[], None], name: str = "error") -> int:
-    """Do `action`; the exit status: 0, or 2 for a user's mistake (`ValueError`), told in one line after `name`."""
+def run_tool(action: Callable[[], int | None], name: str = "error") -> int:
+    """Do `action`; its exit status, 0 if it gives none, or 2 for a `Mistake`, told line by line after `name`."""
     try:
-        action()
-    except ValueError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        return action() or 0
+    except Mistake as mistake:
+        for line in mistake.lines:
+            print(f"{name}: {line}", file=sys.stderr)
         return 2
-    return 0
 
 
 def publish(table: str, file: Path | None) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdkd_dist.mistakes import Mistake
+
 
 class LossTerms(NamedTuple):
     """The weighted sum and its terms, each a mean over timesteps and batch before its weight."""
@@ -61,11 +63,11 @@ class TemporalDistillationLoss(nn.Module):
     ) -> None:
         super().__init__()
         if self_target not in ("ensemble", "correct_only"):
-            raise ValueError(f"loss.self_target={self_target}: must be ensemble or correct_only")
+            raise Mistake(f"loss.self_target={self_target}: must be ensemble or correct_only")
         if target not in ("temporal", "ensemble", "prefix"):
-            raise ValueError(f"loss.target={target}: must be temporal, ensemble or prefix")
+            raise Mistake(f"loss.target={target}: must be temporal, ensemble or prefix")
         if not temperature > 0:
-            raise ValueError(f"loss.temperature={temperature}: must be positive")
+            raise Mistake(f"loss.temperature={temperature}: must be positive")
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdkd_dist import distributed
 from tdkd_dist.losses import ensembles
+from tdkd_dist.mistakes import Mistake
 
 ECE_BINS = 15
 TIGHTNESS = torch.logspace(0, -3, 49, dtype=torch.float64)
@@ -72,7 +73,7 @@ class TimestepCounts:
         self._add_first_correct(rank_TB == 0)
 
     def summary(self, num_timesteps: int, device: torch.device) -> dict[str, Any]:
-        """The metrics of all ranks' samples; a rank that saw none must call it too. `ValueError` if no rank saw one.
+        """The metrics of all ranks' samples; a rank that saw none must call it too. `Mistake` if no rank saw one.
 
         - `top1_t1`, `top5_t1`, `step_top1_t1` (per cent), `loss_t1`, `confidence_t1`, `ece_t1`, ...: see `update`; ECE
           is the expected calibration error over 15 equal bins (lo, hi] of the confidence (Guo et al. 2017).
@@ -86,7 +87,7 @@ class TimestepCounts:
         total = {name: self._total(name, shape, device) for name, shape in _shapes(T).items()}
         samples = int(total["samples"][0])
         if samples == 0:
-            raise ValueError("data.val holds no sample")
+            raise Mistake("data.val holds no sample")
         row: dict[str, Any] = {}
         for name, scale in (("top1", 100), ("top5", 100), ("step_top1", 100), ("loss", 1), ("confidence", 1)):
             row |= {f"{name}_t{t}": scale * value / samples for t, value in enumerate(total[name].tolist(), start=1)}

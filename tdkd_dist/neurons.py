@@ -10,67 +10,14 @@ keeping only the layer's input for the backward pass, which computes the membran
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["if", "lif", "plif"]
-Surrogate = Literal["sigmoid", "atan", "rectangle", "triangle"]
+from tdkd_dist.config import NeuronConfig
 
-
-@dataclass
-class NeuronConfig:
-    """One spiking neuron's constants; every layer of a student shares them.
-
-    Charge: ``v <- v_r + decay * (v - v_r) + x`` with ``v_r = v_reset or 0``; a spike when ``v >= threshold``.
-    Raises `ValueError`, naming the key, for a value outside its range.
-    """
-
-    kind: Kind = "lif"
-    """`if`: no leak (decay 1, whatever `decay` says); `plif`: each layer learns its decay, starting from `decay`."""
-    decay: float = 0.5
-    threshold: float = 1.0
-    v_reset: float | None = None
-    """None: soft reset (subtract the threshold); a number: hard reset to it."""
-    surrogate: Surrogate = "sigmoid"
-    surrogate_alpha: float | None = None
-    """Slope of the surrogate gradient; None: the surrogate's own default (sigmoid 4, atan 2, the others 1)."""
-    detach_reset: bool = False
-    """Stop the gradient through the spike in the reset."""
-
-    def __post_init__(self) -> None:
-        for key, choices in (("kind", get_args(Kind)), ("surrogate", get_args(Surrogate))):
-            value = getattr(self, key)
-            if value not in choices:
-                raise ValueError(f"student.neuron.{key}={value}: must be one of {', '.join(choices)}")
-        _require(0 <= self.decay <= 1, "decay", self.decay, "in [0, 1]")
-        _require(self.kind != "plif" or 0 < self.decay < 1, "decay", self.decay, "in (0, 1) for kind=plif")
-        _require(0 < self.threshold < math.inf, "threshold", self.threshold, "positive")
-        _require(
-            self.v_reset is None or -math.inf < self.v_reset < self.threshold,
-            "v_reset",
-            self.v_reset,
-            f"below student.neuron.threshold={self.threshold}",
-        )
-        _require(
-            self.surrogate_alpha is None or 0 < self.surrogate_alpha < math.inf,
-            "surrogate_alpha",
-            self.surrogate_alpha,
-            "positive",
-        )
-
-    @property
-    def slope(self) -> float:
-        """The surrogate's slope with its default filled in."""
-        return SURROGATES[self.surrogate].alpha if self.surrogate_alpha is None else self.surrogate_alpha
-
-
-def _require(condition: bool, key: str, value: object, wanted: str) -> None:
-    if not condition:
-        raise ValueError(f"student.neuron.{key}={value}: must be {wanted}")
-
+__all__ = ["NeuronConfig", "SpikingNeuron"]
 
 # Surrogate derivatives at u = v - threshold, into `out` if it is given; it may be u itself. Eager mode on a CPU needs
 # that: a fresh tensor an operation costs more than the arithmetic. Compiled code must not: whatever is written in place
@@ -97,18 +44,13 @@ def _triangle(u: Tensor, a: float, out: Tensor | None = None) -> Tensor:
     return torch.clamp(slope, min=0, out=out)
 
 
-class _SurrogateEntry(NamedTuple):
-    alpha: float
-    derivative: Callable[[Tensor, float, Tensor | None], Tensor]
-
-
-SURROGATES: dict[str, _SurrogateEntry] = {
-    "sigmoid": _SurrogateEntry(4.0, _sigmoid),
-    "atan": _SurrogateEntry(2.0, _atan),
-    "rectangle": _SurrogateEntry(1.0, _rectangle),
-    "triangle": _SurrogateEntry(1.0, _triangle),
+SURROGATES: dict[str, Callable[[Tensor, float, Tensor | None], Tensor]] = {
+    "sigmoid": _sigmoid,
+    "atan": _atan,
+    "rectangle": _rectangle,
+    "triangle": _triangle,
 }
-"""Default slope and derivative of every surrogate."""
+"""The derivative of every surrogate."""
 
 
 class _Dynamics(NamedTuple):
@@ -166,7 +108,7 @@ class _Spike(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (h,) = ctx.saved_tensors
         gap, surrogate, alpha = ctx.constants
-        return SURROGATES[surrogate].derivative(h - gap, alpha, None) * grad, None, None, None
+        return SURROGATES[surrogate](h - gap, alpha, None) * grad, None, None, None
 
 
 class _FoldedNeuron(torch.autograd.Function):
@@ -204,7 +146,7 @@ class _FoldedNeuron(torch.autograd.Function):
         grad_decay = m.new_zeros(1) if learned else None
         for t in reversed(range(len(x_TB))):
             h = h_TB[t]
-            derivative = SURROGATES[k.surrogate].derivative(torch.sub(h, k.gap, out=d), k.alpha, d)
+            derivative = SURROGATES[k.surrogate](torch.sub(h, k.gap, out=d), k.alpha, d)
             if k.detach_reset:
                 grad_s.copy_(grad_TB[t])
             elif k.drop is None:

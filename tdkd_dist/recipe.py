@@ -1,17 +1,20 @@
 """Recipes: how a short YAML file and overrides become a checked `Config`, and back.
 
-A recipe lies in `recipes/`; `base:` names the recipe it extends. Whatever is wrong with one is a `ValueError` whose
+A recipe lies in `recipes/`; `base:` names the recipe it extends. Whatever is wrong with one is a `Mistake` whose
 message names the key or file.
 """
 
 import difflib
 import itertools
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist.config import Config, flatten, require
+from tdkd_dist.config import Config, flatten
+from tdkd_dist.files import write_text
+from tdkd_dist.mistakes import Mistake, Mistakes, require
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SITES = RECIPES.parent / "launch" / "sites"
@@ -30,8 +33,8 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
     """The checked configuration of `recipe` (a name in `recipes/`, or a YAML file) with `key=value` overrides.
 
     `site=NAME` among them, or else the environment's TDKD_SITE, names a file in `launch/sites/` (or a YAML file) that
-    wins over the recipe and loses to the other overrides. Raises `ValueError`, naming the key or file, for an unknown
-    recipe, site or key, a wrong type or a bad value.
+    wins over the recipe and loses to the other overrides. Raises `Mistake`, a line for each unknown recipe, site or
+    key, wrong type or bad value.
     """
     from omegaconf import OmegaConf
 
@@ -40,12 +43,23 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
     site = sites[-1] if sites else os.environ.get("TDKD_SITE")
     site_layers = [_read_yaml(_find_site(site))] if site else []
     own = [text for text in overrides if not text.startswith("site=")]
-    merged = OmegaConf.structured(Config)
-    for layer in [*_read_layers(path), *site_layers, _parse_overrides(own)]:
-        merged = _merge(merged, layer)
-    config = _to_config(merged)
+    merged, found = OmegaConf.structured(Config), Mistakes()
+    for layer in [*_read_layers(path), *site_layers, *_parse_overrides(own, found)]:
+        with found.gathered():
+            merged = _merge(merged, layer)
+    config = _to_config(merged, found)
     config.run.name = config.run.name or path.stem
     return config
+
+
+def load_all(members: list[tuple[str, list[str]]]) -> list[Config]:
+    """The configurations of a sweep's members. Raises `Mistake` with those of all of them."""
+    configs, found = [], Mistakes()
+    for recipe, overrides in members:
+        with found.gathered():
+            configs.append(load_config(recipe, overrides))
+    found.tell()
+    return configs
 
 
 def expand_sweep(recipe: str, overrides: list[str]) -> list[tuple[str, list[str]]]:
@@ -53,7 +67,7 @@ def expand_sweep(recipe: str, overrides: list[str]) -> list[tuple[str, list[str]
 
     `sweep.recipe=[...]` goes through recipes. The first key changes slowest. A member is called after its recipe (or
     `run.name`) and its values, such as `twce-seed0`, and lives in `runs/` or in the folder `run.dir`. Without a
-    `sweep.` override there is one member, as given. Raises `ValueError` for values that are no list.
+    `sweep.` override there is one member, as given. Raises `Mistake` for values that are no list.
     """
     swept = [text.removeprefix("sweep.") for text in overrides if text.startswith("sweep.")]
     if not swept:
@@ -92,12 +106,12 @@ def read_config(path: Path) -> Config:
     """The configuration that `save_config` wrote."""
     from omegaconf import OmegaConf
 
-    return _to_config(_merge(OmegaConf.structured(Config), _read_yaml(path)))
+    return _to_config(_merge(OmegaConf.structured(Config), _read_yaml(path)), Mistakes())
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the whole resolved configuration as YAML."""
-    path.write_text(to_yaml(config))
+    write_text(path, to_yaml(config))
 
 
 def to_yaml(config: Config) -> str:
@@ -108,18 +122,18 @@ def to_yaml(config: Config) -> str:
 
 
 def find_recipe(recipe: str) -> Path:
-    """The YAML file of a recipe given by name or path; `ValueError` with the nearest names if there is none."""
+    """The YAML file of a recipe given by name or path; `Mistake` with the nearest names if there is none."""
     if recipe.endswith((".yaml", ".yml")) or os.sep in recipe:
         for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
             if path.is_file():
                 return path
-        raise ValueError(f"recipe={recipe}: no such file")
+        raise Mistake(f"recipe={recipe}: no such file")
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         names = list(list_recipes())
         near = difflib.get_close_matches(recipe, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-        raise ValueError(f"recipe={recipe}: no such recipe; {hint}")
+        raise Mistake(f"recipe={recipe}: no such recipe; {hint}")
     return path
 
 
@@ -128,7 +142,7 @@ def _find_site(site: str) -> Path:
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in SITES.glob("*.yaml")))
-    raise ValueError(f"site={site}: no such file in launch/sites; there are {known}")
+    raise Mistake(f"site={site}: no such file in launch/sites; there are {known}")
 
 
 def _read_yaml(path: Path) -> Any:
@@ -138,7 +152,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         content = OmegaConf.load(path)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        raise Mistake(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     require(OmegaConf.is_dict(content), f"{path}: a recipe is a mapping of sections")
     return content
 
@@ -153,37 +167,63 @@ def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Any]:
     return [*_read_layers(local if local.is_file() else find_recipe(str(base)), (*seen, path)), content]
 
 
-def _parse_overrides(overrides: list[str]) -> Any:
+def _parse_overrides(overrides: list[str], found: Mistakes) -> list[Any]:
+    """A layer an override, so that one mistake does not hide the others."""
     from omegaconf import OmegaConf
 
+    layers = []
     for text in overrides:
         key, equals, _ = text.partition("=")
-        require(bool(key and equals), f"{text}: an override is key=value, such as train.epochs=3")
-    return OmegaConf.from_dotlist(overrides)
+        with found.gathered():
+            require(bool(key and equals), f"{text}: an override is key=value, such as train.epochs=3")
+            layers.append(OmegaConf.from_dotlist([text]))
+    return layers
 
 
 def _merge(schema: Any, layer: Any) -> Any:
+    """`schema` with `layer` over it. Raises `Mistake`, with a line for each key that does not fit."""
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
     try:
         return OmegaConf.merge(schema, layer)
-    except ConfigKeyError as error:
-        raise ValueError(_unknown_key(error.full_key or str(error.key))) from error
     except OmegaConfBaseException as error:
+        parts = _apart(layer)
+        if len(parts) > 1:
+            found = Mistakes()
+            for part in parts:
+                with found.gathered():
+                    _merge(schema, part)
+            found.tell()
+        if isinstance(error, ConfigKeyError):
+            raise Mistake(_unknown_key(error.full_key or str(error.key))) from error
         key = error.full_key or "the configuration"
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise Mistake(f"{key}: {str(error).splitlines()[0]}") from error
 
 
-def _to_config(merged: Any) -> Config:
+def _apart(layer: Any) -> list[dict[str, Any]]:
+    """A layer as one of its own for each section and key."""
+    return [
+        {section: {key: value}} if isinstance(values, Mapping) else {section: values}
+        for section, values in layer.items()
+        for key, value in (values.items() if isinstance(values, Mapping) else [("", None)])
+    ]
+
+
+def _to_config(merged: Any, found: Mistakes) -> Config:
+    """The checked configuration. Raises `Mistake` with those `found` before and all that are wrong with it."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, Config)
+    sections: dict[str, Any] = {}
+    for f in fields(Config):
+        with found.gathered():
+            try:
+                sections[f.name] = OmegaConf.to_object(merged[f.name])
+            except OmegaConfBaseException as error:
+                raise Mistake(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    found.tell()
+    config = Config(**sections)
     config.check()
     return config
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdkd_dist.config import DataConfig, TeacherConfig
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.weights import load_weights, read_metadata
 
 
@@ -80,7 +81,7 @@ def create_teacher(
 ) -> Teacher:
     """The teacher that a recipe describes, on the CPU.
 
-    `weights_file` holds timm's weights, fetched beforehand by `fetch_weights`. Raises `ValueError` naming
+    `weights_file` holds timm's weights, fetched beforehand by `fetch_weights`. Raises `Mistake` naming
     `teacher.name` or `teacher.checkpoint` for an unknown model, an unreadable file, or other classes than the data's.
     """
     assert config.name is not None
@@ -109,26 +110,26 @@ def create_teacher(
 
 
 def check_name(config: TeacherConfig) -> None:
-    """Raise `ValueError` naming `teacher.name` unless timm knows the model and, where wanted, has weights for it."""
+    """Raise `Mistake` naming `teacher.name` unless timm knows the model and, where wanted, has weights for it."""
     assert config.name is not None
     if not timm.is_model(config.name):
         near = timm.list_models(f"*{config.name.split('.')[0][:6]}*")[:3]
-        raise ValueError(f"teacher.name={config.name}: timm has no such model; near it: {', '.join(near) or 'nothing'}")
+        raise Mistake(f"teacher.name={config.name}: timm has no such model; near it: {', '.join(near) or 'nothing'}")
     if config.checkpoint is None and config.pretrained:
         architecture, _, tag = config.name.partition(".")
         tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
         if not tags or (tag and tag not in tags):
-            raise ValueError(
+            raise Mistake(
                 f"teacher.name={config.name}: timm has no weights of that tag, only {', '.join(tags) or 'none at all'};"
                 " or set teacher.checkpoint=FILE"
             )
 
 
 def check_pretrained_classes(name: str, num_classes: int) -> None:
-    """Raise `ValueError` unless timm's weights of `name` have `num_classes` classes."""
+    """Raise `Mistake` unless timm's weights of `name` have `num_classes` classes."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg is not None and cfg.num_classes != num_classes:
-        raise ValueError(
+        raise Mistake(
             f"teacher.name={name}: timm's weights have {cfg.num_classes} classes and student.num_classes is"
             f" {num_classes}; train a teacher on your data and set teacher.checkpoint"
         )
@@ -137,7 +138,7 @@ def check_pretrained_classes(name: str, num_classes: int) -> None:
 def fetch_weights(name: str) -> str:
     """The local path of timm's weights of `name`, downloaded to the hub's cache if need be.
 
-    Called at submission, on a machine that has a network; jobs get the path. Raises `ValueError` when it can't.
+    Called at submission, on a machine that has a network; jobs get the path. Raises `Mistake` when it can't.
     """
     from timm.models._hub import download_cached_file, hf_split
 
@@ -149,11 +150,11 @@ def fetch_weights(name: str) -> str:
         if cfg.url:
             return str(download_cached_file(cfg.url))
     except Exception as error:
-        raise ValueError(
+        raise Mistake(
             f"teacher.name={name}: its weights are not in the cache and could not be fetched"
             f" ({type(error).__name__}); run once where there is a network, or set teacher.checkpoint=FILE"
         ) from error
-    raise ValueError(f"teacher.name={name}: timm does not say where its weights are; set teacher.checkpoint=FILE")
+    raise Mistake(f"teacher.name={name}: timm does not say where its weights are; set teacher.checkpoint=FILE")
 
 
 def _fetch_from_hub(repo: str, revision: str | None) -> str:

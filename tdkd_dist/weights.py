@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tdkd_dist.config import StudentConfig
+from tdkd_dist.files import whole
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.neurons import NeuronConfig
 from tdkd_dist.students import create_student
 
@@ -48,29 +49,21 @@ def save_student(
     description |= {"input_size": list(input_size), "mean": list(mean), "std": list(std)}
     metadata = {**(extra or {}), "format": "pt", "student": json.dumps(description)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole(Path(path)) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """A file's metadata, `student` decoded; None if it holds no student's configuration. `ValueError` if unreadable."""
+    """A file's metadata, `student` decoded; None if it holds no student's configuration. `Mistake` if unreadable."""
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
+        raise Mistake(f"{path}: no such file")
     if not _is_safetensors(path):
         return None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
+        raise Mistake(f"{path}: not a safetensors file, or cut short ({error})") from error
     if "student" not in metadata:
         return None
     return {**metadata, "student": json.loads(metadata["student"])}
@@ -79,18 +72,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 def load_student(path: str | os.PathLike[str]) -> nn.Module:
     """The network that `save_student` or `tools/import_weights.py` wrote, in fp32 and eval mode.
 
-    Its `default_cfg` has the file's input size, mean and std. Raises `ValueError`, naming the file, if it is no such
+    Its `default_cfg` has the file's input size, mean and std. Raises `Mistake`, naming the file, if it is no such
     file or its tensors do not fit its own configuration.
     """
     metadata = read_metadata(path)
     if metadata is None:
-        raise ValueError(f"{path}: holds no student's configuration; tools/import_weights.py writes files that do")
+        raise Mistake(f"{path}: holds no student's configuration; tools/import_weights.py writes files that do")
     description = metadata["student"]
     shown = {key: description.pop(key) for key in ("input_size", "mean", "std")}
     try:
         student = StudentConfig(**description | {"neuron": NeuronConfig(**description["neuron"])})
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: its student's configuration is not this version's: {error}") from error
+        raise Mistake(f"{path}: its student's configuration is not this version's: {error}") from error
     model = create_student(student)
     load_weights(model, path, "student.checkpoint")
     model.default_cfg = model.pretrained_cfg = {  # type: ignore[assignment]
@@ -104,7 +97,7 @@ def load_student(path: str | os.PathLike[str]) -> nn.Module:
 def load_weights(model: nn.Module, path: str | os.PathLike[str], key: str) -> None:
     """Load a safetensors file, or one that `torch.save` wrote, into a model that it must fit exactly.
 
-    A `state_dict` or `model` wrapper and a `module.` prefix are taken off. Raises `ValueError`, one line that starts
+    A `state_dict` or `model` wrapper and a `module.` prefix are taken off. Raises `Mistake`, one line that starts
     with `{key}={path}: ` and names the tensors, for anything that does not fit.
     """
     fit(model, read_tensors(path, key), f"{key}={path}")
@@ -113,25 +106,25 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], key: str) -> No
 def read_tensors(path: str | os.PathLike[str], key: str, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
     """A file's tensors by name, on the CPU, without wrapper and `module.` prefix; nothing in the file is executed."""
     if not os.path.isfile(path):
-        raise ValueError(f"{key}={path}: no such file")
+        raise Mistake(f"{key}={path}: no such file")
     try:
         content = load_file(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{key}={path}: not a checkpoint of tensors alone, or cut short") from error
+        raise Mistake(f"{key}={path}: not a checkpoint of tensors alone, or cut short") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{key}={path}: not a checkpoint, or cut short ({cause})") from error
+        raise Mistake(f"{key}={path}: not a checkpoint, or cut short ({cause})") from error
     for wrapper in wrappers:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{key}={path}: not a checkpoint: tensors by name wanted, found {_describe(content)}")
+        raise Mistake(f"{key}={path}: not a checkpoint: tensors by name wanted, found {_describe(content)}")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 def fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy `tensors` into the model; `ValueError`, starting with `where`, naming what does not fit."""
+    """Copy `tensors` into the model; `Mistake`, starting with `where`, naming what does not fit."""
     own = model.state_dict()
     # A learned leak is a scalar in older files and in spikingjelly's.
     tensors = {n: t.reshape(1) if t.ndim == 0 and n in own and own[n].ndim == 1 else t for n, t in tensors.items()}
@@ -155,7 +148,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     if shapes:
         faults.append("has " + _some([f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}" for n in shapes]))
     if faults:
-        raise ValueError(f"{where}: {'; '.join(faults)}")
+        raise Mistake(f"{where}: {'; '.join(faults)}")
     model.load_state_dict(tensors, strict=False)
 
 
@@ -177,7 +170,7 @@ def convert_spikingjelly(
 
     `decay_input`: the file was trained with spikingjelly's `decay_input=True`, its default, where the neuron's input
     is scaled by 1/tau = 1 - decay. That is the same as scaling the weight and bias of the batch norm before it. Raises
-    `ValueError` for a network in which something else than one batch norm feeds a neuron.
+    `Mistake` for a network in which something else than one batch norm feeds a neuron.
     """
     rules = {r"^stem\.0\.": "conv1.", r"^stem\.1\.": "bn1.", r"^head\.": "fc."}
     rules |= {r"^head_lif\.": "sn_head.", r"\bspike(\d)\.": r"sn\1."}
@@ -185,7 +178,7 @@ def convert_spikingjelly(
     if not decay_input:
         return renamed
     if not student.model.startswith("sew_") or student.neuron.kind == "if":
-        raise ValueError(f"decay_input=true: for SEW-ResNets with a leak, not {student.model} of {student.neuron.kind}")
+        raise Mistake(f"decay_input=true: for SEW-ResNets with a leak, not {student.model} of {student.neuron.kind}")
     scaled = dict(renamed)
     for name, tensor in renamed.items():
         match = re.fullmatch(r"(.*?)(?:bn(\d)|downsample\.1)\.(?:weight|bias)", name)
@@ -198,7 +191,7 @@ def convert_spikingjelly(
 def start_from_relu(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> str:
     """Start a student from a ReLU network's weights and say what was taken.
 
-    Everything must fit (`ValueError`, as `fit`) but a classifier for other classes and what only the student has, the
+    Everything must fit (`Mistake`, as `fit`) but a classifier for other classes and what only the student has, the
     learned leaks: those stay as initialised.
     """
     own = model.state_dict()
@@ -225,7 +218,7 @@ def import_student(
 
     `official`: a checkpoint of the released code (its `best_net`); `spikingjelly`: a state dict of its SEWResNet or
     MSResNet; both must fit exactly. `timm`: a ReLU ResNet, a file or a timm name with pretrained weights, as the
-    initialisation of a SEW student. Raises `ValueError`, naming file and tensors, for anything that does not fit.
+    initialisation of a SEW student. Raises `Mistake`, naming file and tensors, for anything that does not fit.
     """
     model = create_student(student)
     if form == "timm":
@@ -247,7 +240,7 @@ def import_student(
 
 def _pretrained(name: str) -> dict[str, Tensor]:
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"source={name}: neither a file nor a timm model")
+        raise Mistake(f"source={name}: neither a file nor a timm model")
     return dict(timm.create_model(name, pretrained=True).state_dict())
 
 
@@ -281,9 +274,3 @@ def _is_safetensors(path: str | os.PathLike[str]) -> bool:
     """By content: eight bytes of header length, then a JSON object."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

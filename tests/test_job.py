@@ -4,26 +4,32 @@ import os
 import signal
 import tempfile
 
-import torch
+import pytest
 
+from tdkd_dist.cluster import job
 from tdkd_dist.cluster.follow import LogTail, _bar
-from tdkd_dist.cluster.job import CACHES, Job, _SignalFlags, is_users_mistake, keep_caches_local
-from tdkd_dist.config import Config, LossConfig
+from tdkd_dist.cluster.job import CACHES, Job, _SignalFlags, keep_caches_local
+from tdkd_dist.config import Config
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.run.log import PROGRESS_PREFIX
 from tdkd_dist.training.checkpoint import warn_of_short_notice
 
 
-def caught(function) -> ValueError:
-    try:
-        function()
-    except ValueError as error:
-        return error
-    raise AssertionError("no ValueError")
+def test_mistakes_are_the_users_and_all_else_is_a_crash(monkeypatch):
+    """What numpy raises inside our own function is none of the user's."""
 
+    def run_and_raise(error: Exception):
+        def broken(*_: object) -> bool:
+            raise error
 
-def test_our_own_value_errors_are_the_users_and_a_librarys_are_crashes():
-    assert is_users_mistake(caught(lambda: LossConfig(alpha=-1)))
-    assert not is_users_mistake(caught(lambda: torch.nn.Conv2d(3, 4, 3, groups=2)))
+        monkeypatch.setattr(Job, "_run", broken)
+        monkeypatch.setattr(job, "_export_environment", lambda config: None)
+        return Job(Config())()
+
+    outcome = run_and_raise(Mistake("data.val=x: y"))
+    assert (outcome.state, outcome.message) == ("refused", "data.val=x: y")
+    with pytest.raises(ValueError, match="cannot reshape"):
+        run_and_raise(ValueError("cannot reshape array of size 3 into shape (2,2)"))
 
 
 def test_signals_ask_for_a_stop_and_only_usr2_for_a_requeue():
@@ -41,8 +47,8 @@ def test_signals_ask_for_a_stop_and_only_usr2_for_a_requeue():
 
 
 def test_a_requeued_job_is_the_same_job():
-    job = Job(Config(), "weights.safetensors")
-    assert job.checkpoint().function is job
+    again = Job(Config(), "weights.safetensors")
+    assert again.checkpoint().function is again
 
 
 def test_compiled_code_is_kept_on_the_nodes_own_disk(tmp_path, monkeypatch):

@@ -270,5 +270,5 @@ def test_default_slopes():
 def test_the_slope_scales_the_surrogate(surrogate):
     """Every surrogate is a * f(a * u): doubling the slope at half the distance doubles the derivative."""
     u = torch.linspace(-0.4, 0.4, 9, dtype=torch.float64)
-    derivative = neurons.SURROGATES[surrogate].derivative
+    derivative = neurons.SURROGATES[surrogate]
     torch.testing.assert_close(derivative(u / 2, 2.0, None), 2 * derivative(u, 1.0, None))

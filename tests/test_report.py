@@ -11,12 +11,13 @@ import pytest
 import torch
 from scipy import stats
 
+from tdkd_dist.files import write_json
 from tdkd_dist.metrics import TimestepCounts
 from tdkd_dist.recipe import load_config
 from tdkd_dist.report import tables
 from tdkd_dist.report.page import write_page
 from tdkd_dist.report.runs import check_comparable, group_runs, load_runs, paired_differences
-from tdkd_dist.run.folder import RunFolder, write_json
+from tdkd_dist.run.folder import RunFolder
 
 EPOCHS = 3
 

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
+from tdkd_dist.files import append_text, write_json
 from tdkd_dist.recipe import load_config
-from tdkd_dist.run.folder import RunFolder, append_text, write_json
+from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.log import Log, format_seconds
 from tdkd_dist.run.record import Record, format_table, read_rows
 

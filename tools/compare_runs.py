@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.report import figures, tables
 from tdkd_dist.report.page import write_page
 from tdkd_dist.report.runs import check_comparable, group_runs, load_runs
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as one HTML file")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against timesteps: .png, .pdf, .svg")
@@ -31,11 +32,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.wandb is not None and args.wandb.count("/") != 1:
-        raise ValueError(f"--wandb {args.wandb}: must be ENTITY/PROJECT")
+        raise Mistake(f"--wandb {args.wandb}: must be ENTITY/PROJECT")
     if args.figure is not None and args.figure.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--figure {args.figure}: its name must end with .png, .pdf or .svg")
+        raise Mistake(f"--figure {args.figure}: its name must end with .png, .pdf or .svg")
     if args.tsne < 0:
-        raise ValueError(f"--tsne {args.tsne}: must not be negative (0: leave it out)")
+        raise Mistake(f"--tsne {args.tsne}: must not be negative (0: leave it out)")
     return args
 
 
@@ -55,7 +56,7 @@ def compare(args: argparse.Namespace) -> None:
         try:
             figures.accuracy_against_timestep(groups, args.figure)
         except OSError as error:
-            raise ValueError(f"--figure {args.figure}: cannot be written ({error.strerror})") from error
+            raise Mistake(f"--figure {args.figure}: cannot be written ({error.strerror})") from error
         print(f"figure: {args.figure}")
     if args.wandb is not None:
         from tdkd_dist.report import wandb_report

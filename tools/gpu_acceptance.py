@@ -28,7 +28,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist.command_line import Parser
+from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.files import write_text
+from tdkd_dist.mistakes import Mistake
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "gpu.md"
@@ -68,19 +70,17 @@ CHECKS: dict[str, Check] = {
 
 def main(argv: list[str]) -> int:
     """Check and tell; the exit status."""
-    try:
-        options = parse(argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.worker:
-        return work(options.worker, options.device)
-    return accept(options)
+    return run_tool(lambda: act(parse(argv)))
+
+
+def act(options: argparse.Namespace) -> int:
+    """All the checks or, in a process of its own, one; the exit status."""
+    return work(options.worker, options.device) if options.worker else accept(options)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Raises `ValueError`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is a GPU, else cpu")
     parser.add_argument("--only", default=",".join(CHECKS), help=f"checks, separated by commas: {', '.join(CHECKS)}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="on a GPU: what the whole run may take")
@@ -95,15 +95,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     names = options.only.split(",")
     unknown = set(names) - set(CHECKS)
     if unknown:
-        raise ValueError(f"--only {','.join(sorted(unknown))}: choose from {', '.join(CHECKS)}")
+        raise Mistake(f"--only {','.join(sorted(unknown))}: choose from {', '.join(CHECKS)}")
     options.names = [name for name in CHECKS if name in names]
     if options.seconds <= 0:
-        raise ValueError(f"--seconds {options.seconds:g}: must be positive")
+        raise Mistake(f"--seconds {options.seconds:g}: must be positive")
     if options.device != "cpu":
         import torch
 
         if options.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: no GPU here; --device cpu runs the reduced form")
+            raise Mistake("--device cuda: no GPU here; --device cpu runs the reduced form")
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.markdown is None and options.device == "cuda" and len(options.names) == len(CHECKS):
         options.markdown = RESULTS
@@ -319,13 +319,6 @@ def shown(value: float | int | str) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
     return str(value)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that `path` is never half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

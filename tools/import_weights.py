@@ -10,22 +10,23 @@ The key=value arguments are those of a recipe's `student:` section, and `decay_i
 true). What was trained with other constants than these says nothing: give the ones of the training.
 """
 
-import argparse
 import difflib
 import sys
 
+from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.config import StudentConfig, flatten
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.weights import import_student
 
 
 def parse_student(pairs: list[str]) -> StudentConfig:
-    """A `student:` section from `key=value` texts; `ValueError` naming the key for one that does not exist or fit."""
+    """A `student:` section from `key=value` texts; `Mistake` naming the key for one that does not exist or fit."""
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
     for text in pairs:
         if "=" not in text:
-            raise ValueError(f"{text}: key=value wanted, such as model=sew_resnet34")
+            raise Mistake(f"{text}: key=value wanted, such as model=sew_resnet34")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(StudentConfig), OmegaConf.from_dotlist(pairs))
         student = OmegaConf.to_object(merged)
@@ -34,37 +35,33 @@ def parse_student(pairs: list[str]) -> StudentConfig:
         near = difflib.get_close_matches(str(error.full_key), flatten(StudentConfig()), n=1)
         if isinstance(error, ConfigKeyError):
             reason = "no such key" + (f"; did you mean {near[0]}?" if near else "")
-        raise ValueError(f"{error.full_key}: {reason}") from error
+        raise Mistake(f"{error.full_key}: {reason}") from error
     assert isinstance(student, StudentConfig)
     return student
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0, or 2 with one line on stderr for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return run_tool(lambda: convert(arguments), "import_weights")
+
+
+def convert(arguments: list[str] | None) -> None:
+    """Write what the command line asks for. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("source", help="the checkpoint; with --format timm also a timm model's name with its tag")
     parser.add_argument("dest", help="the safetensors file to write")
     parser.add_argument("--format", required=True, choices=("official", "spikingjelly", "timm"))
     parser.add_argument("student", nargs="*", metavar="key=value", help="the student: section, and decay_input=true")
     options = parser.parse_intermixed_args(arguments)
     decay_input = [text for text in options.student if text.startswith("decay_input=")]
+    if any(text not in ("decay_input=true", "decay_input=false") for text in decay_input):
+        raise Mistake(f"{decay_input[0]}: must be true or false")
+    student = parse_student([text for text in options.student if text not in decay_input])
+    decays = "decay_input=true" in decay_input
     try:
-        if any(text not in ("decay_input=true", "decay_input=false") for text in decay_input):
-            raise ValueError(f"{decay_input[0]}: must be true or false")
-        student = parse_student([text for text in options.student if text not in decay_input])
-        print(
-            import_student(
-                options.source,
-                options.dest,
-                options.format,
-                student,
-                decay_input="decay_input=true" in decay_input,
-            )
-        )
-    except (ValueError, OSError) as error:
-        print(f"import_weights: {error}", file=sys.stderr)
-        return 2
-    return 0
+        print(import_student(options.source, options.dest, options.format, student, decay_input=decays))
+    except OSError as error:
+        raise Mistake(f"{options.dest}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from tdkd_dist import distributed
 from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.config import Config
 from tdkd_dist.data.beton.manifest import check_beton
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run.log import format_seconds
 from tdkd_dist.students import create_student
@@ -112,7 +113,7 @@ def gradient_bytes(config: Config) -> int:
 
 
 def count_images(config: Config) -> tuple[int, int]:
-    """Of data.train and data.val where they are here as betons, else of ImageNet. Raises `ValueError` for bad files."""
+    """Of data.train and data.val where they are here as betons, else of ImageNet. Raises `Mistake` for bad files."""
     found = []
     for key, path, imagenet in (
         ("data.train", config.data.train, 1_281_167),
@@ -136,8 +137,8 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Raises `ValueError`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="recipe=NAME, nodes=N,... and overrides")
     parser.add_argument("--step-ms", type=float, help="a micro-batch on one GPU: step, teacher and losses")
     parser.add_argument("--gpus", default=GPUS, help="numbers of GPUs, separated by commas")
@@ -156,7 +157,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     recipes = [text.removeprefix("recipe=") for text in options.settings if text.startswith("recipe=")]
     if len(recipes) != 1:
-        raise ValueError("which recipe? give recipe=NAME")
+        raise Mistake("which recipe? give recipe=NAME")
     options.recipe = recipes[0]
     nodes = [text.removeprefix("nodes=") for text in options.settings if text.startswith("nodes=")]
     options.overrides = [text for text in options.settings if not text.startswith(("recipe=", "nodes="))]
@@ -165,18 +166,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("step_ms", "gpus_per_node", "gpu_gb_s", "node_gb_s", "loader_core_ms", "images", "cores"):
         value = getattr(options, name)
         if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be positive")
+            raise Mistake(f"--{name.replace('_', '-')} {value}: must be positive")
     return options
 
 
 def numbers(key: str, text: str) -> list[int]:
-    """Whole numbers from 1, separated by commas. Raises `ValueError`."""
+    """Whole numbers from 1, separated by commas. Raises `Mistake`."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{key}{text}: give numbers separated by commas") from error
+        raise Mistake(f"{key}{text}: give numbers separated by commas") from error
     if min(found) < 1:
-        raise ValueError(f"{key}{text}: must be at least 1")
+        raise Mistake(f"{key}{text}: must be at least 1")
     return found
 
 
@@ -230,15 +231,13 @@ def show(options: argparse.Namespace) -> None:
 def measure(config: Config, links: Links, size: int, *, check_them: bool) -> tuple[float, Links]:
     """A micro-batch's seconds on this machine with a node's ranks, and the links with what they measure here.
 
-    Raises `ValueError` where the recipe wants GPUs and none is here.
+    Raises `Mistake` where the recipe wants GPUs and none is here.
     """
     here = config.launcher.ranks_per_node
     if config.launcher.gpus_per_node:
         here = min(here, torch.cuda.device_count())
         if here == 0:
-            raise ValueError(
-                "no GPU here to measure on: give --step-ms, or launcher.gpus_per_node=0 for a plan of CPUs"
-            )
+            raise Mistake("no GPU here to measure on: give --step-ms, or launcher.gpus_per_node=0 for a plan of CPUs")
     say(f"measuring {here} rank(s) on this machine")
     micro_s = max(on_ranks(here, _time_alone, config))
     if here > 1:

@@ -15,11 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-from tdkd_dist.command_line import Parser
+from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.data.beton.manifest import Manifest, WriteOptions
 from tdkd_dist.data.beton.verify import verify
 from tdkd_dist.data.beton.writing import up_to_date, write
 from tdkd_dist.data.sources import open_source
+from tdkd_dist.mistakes import Mistake
 
 USAGE = """usage: python tools/write_beton.py SOURCE DEST [--split train|val] [--max-side 500] [--jpeg-share 0.5]
            [--quality 90] [--subset N] [--labels FILE] [--on-error stop|skip] [--workers N] [--force]
@@ -34,23 +35,24 @@ def main(argv: list[str]) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        args = parse(argv)
-        if args.verify is not None:
-            return check(args.verify, args.workers)
-        report(args.dest, *run(args))
-    except ValueError as error:
-        print(f"write_beton: {error}", file=sys.stderr)
-        return 2
+        return run_tool(lambda: act(parse(argv)), "write_beton")
     except KeyboardInterrupt:
         print("write_beton: interrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def act(args: argparse.Namespace) -> int:
+    """Write or verify; the exit status."""
+    if args.verify is not None:
+        return check(args.verify, args.workers)
+    report(args.dest, *run(args))
     return 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Raises `ValueError`."""
+    """The command line. Raises `Mistake`."""
     defaults = WriteOptions()
-    parser = Parser(prog="write_beton", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE", nargs="?")
     parser.add_argument("dest", type=Path, metavar="DEST", nargs="?")
     parser.add_argument("--verify", type=Path, metavar="FILE", help="decode every sample of a beton, name broken ones")
@@ -71,9 +73,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace a DEST that was written differently")
     args = parser.parse_args(argv)
     if (args.verify is None) != (args.dest is not None):
-        raise ValueError("say SOURCE and DEST, or --verify FILE alone")
+        raise Mistake("say SOURCE and DEST, or --verify FILE alone")
     if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: must be at least 1")
+        raise Mistake(f"--workers {args.workers}: must be at least 1")
     return args
 
 
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> tuple[Manifest, str]:
     if manifest is not None:
         return manifest, "is already there"
     if args.dest.exists() and not args.force:
-        raise ValueError(f"{args.dest}: exists, but not from this source with these options; --force replaces it")
+        raise Mistake(f"{args.dest}: exists, but not from this source with these options; --force replaces it")
     progress = Progress()
     try:
         return write(source, args.dest, options, workers=args.workers, progress=progress), "written"

@@ -79,7 +79,7 @@ class Follower:
         outcomes = [self._outcome(task) for task in self._tasks]
         refused = [o.message for o in outcomes if isinstance(o, Outcome) and o.state == "refused"]
         if refused:
-            print(f"error: {refused[0]}", file=sys.stderr)
+            print("\n".join(f"error: {line}" for line in refused[0].splitlines()), file=sys.stderr)
             return USERS_MISTAKE
         # A rank without a result was killed, and may be what the others then died of.
         crashed = sorted(

@@ -5,13 +5,13 @@ import signal
 import stat
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 from tdkd_dist.config import Config
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.run.heartbeat import Heartbeat, outlasting
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -50,9 +50,7 @@ class Job:
 
         try:
             finished = self._run(environment, flags)
-        except ValueError as error:
-            if not is_users_mistake(error):
-                raise
+        except Mistake as error:
             return Outcome("refused", str(error))
         finally:
             distributed.stop()
@@ -125,11 +123,6 @@ class _SignalFlags:
             time.sleep(300)
 
 
-def is_users_mistake(error: ValueError) -> bool:
-    """A `ValueError` that our own code raised; one from inside a library is a crash."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(PACKAGE)
-
-
 def keep_caches_local() -> None:
     """Keep compiled code in a folder of this user's on the node's own disk, unless the environment says otherwise."""
     caches = Path(tempfile.gettempdir()) / f"tdkd-dist-{os.getuid()}"
@@ -169,7 +162,7 @@ def _device(config: Config, local_rank: int) -> Any:
         return torch.device("cpu")
     available = torch.cuda.device_count()
     if local_rank >= available:
-        raise ValueError(
+        raise Mistake(
             f"launcher.gpus_per_node={config.launcher.gpus_per_node}: rank {local_rank} of this node sees {available}"
             " GPUs, and every rank must see all of them: on Slurm leave --gpus-per-task and --gpu-bind out of"
             " launcher.sbatch and launcher.srun_args; launcher.gpus_per_node=0 trains on the CPU"

@@ -9,9 +9,10 @@ import torch
 
 from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.cluster import slurm
-from tdkd_dist.config import Config, require
+from tdkd_dist.config import Config, flatten
 from tdkd_dist.data.beton.manifest import check_beton
 from tdkd_dist.data.loaders import count_classes, open_pictures
+from tdkd_dist.mistakes import Mistakes, require
 from tdkd_dist.students import choose_recomputed, create_student, is_spiking
 from tdkd_dist.teachers import check_name, check_pretrained_classes, create_teacher, fetch_weights
 from tdkd_dist.weights import load_weights
@@ -38,25 +39,47 @@ class Findings:
 def check(config: Config, *, cluster: str, dry_run: bool = False) -> Findings:
     """Check files, names, classes and the machine against each other.
 
-    Raises `ValueError` with one line that names the key or file. A dry run fetches no weights, and lists what is
-    merely absent (files, GPUs) instead of raising; what is here is checked all the same.
+    Raises `Mistake`, a line for each thing that is wrong, which names the key or file. A dry run fetches no weights,
+    and lists what is merely absent (files, GPUs) instead of raising; what is here is checked all the same.
     """
-    found = Findings()
-    _check_machine(config, cluster, found, dry_run)
+    found, mistakes = Findings(), Mistakes()
+    with mistakes.gathered():
+        _check_machine(config, cluster, found, dry_run)
     if config.train.epochs > 0:
-        found.train_samples = _check_data(config, "train", found, dry_run)
-    found.val_samples = _check_data(config, "val", found, dry_run)
-    require(
+        with mistakes.gathered():
+            found.train_samples = _check_data(config, "train", found, dry_run)
+    with mistakes.gathered():
+        found.val_samples = _check_data(config, "val", found, dry_run)
+    mistakes.require(
         found.train_samples is None or found.train_samples >= config.train.batch_size,
         f"train.batch_size={config.train.batch_size}: data.train={config.data.train} has only {found.train_samples}"
         " images",
     )
     names = timm.optim.list_optimizers()
-    require(config.optim.name in names, f"optim.name={config.optim.name}: timm knows {', '.join(names[:12])}, ...")
-    _check_student(config, found, dry_run)
-    if config.loss.alpha > 0 and config.train.epochs > 0:
-        _check_teacher(config, found, dry_run)
+    mistakes.require(
+        config.optim.name in names, f"optim.name={config.optim.name}: timm knows {', '.join(names[:12])}, ..."
+    )
+    with mistakes.gathered():
+        _check_student(config, found, dry_run)
+    if config.needs_teacher:
+        with mistakes.gathered():
+            _check_teacher(config, found, dry_run)
+    mistakes.tell()
     return found
+
+
+def check_all(configs: list[Config], *, cluster: str) -> list[Findings]:
+    """What `check` finds of each member of a sweep; those that differ in nothing but seed and name are checked once.
+
+    Raises `Mistake` with the lines of all of them.
+    """
+    alike = [repr({k: v for k, v in flatten(config).items() if not k.startswith("run.")}) for config in configs]
+    found, mistakes = {}, Mistakes()
+    for key, config in dict(zip(alike, configs, strict=True)).items():
+        with mistakes.gathered():
+            found[key] = check(config, cluster=cluster)
+    mistakes.tell()
+    return [found[key] for key in alike]
 
 
 def _is_here(path: str, key: str, found: Findings, dry_run: bool) -> bool:
@@ -78,6 +101,7 @@ def _check_machine(config: Config, cluster: str, found: Findings, dry_run: bool)
     cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     here = f"this machine has {gpus}" if chosen is None else f"CUDA_VISIBLE_DEVICES={chosen} shows {gpus}"
+    mistakes = Mistakes()
     for fits, message in (
         (launcher.nodes == 1, f"launcher.nodes={launcher.nodes}: this machine is one; use launcher.cluster=slurm"),
         (
@@ -89,7 +113,8 @@ def _check_machine(config: Config, cluster: str, found: Findings, dry_run: bool)
         if dry_run and not fits:
             found.absent.append(message)
         else:
-            require(fits, message)
+            mistakes.require(fits, message)
+    mistakes.tell()
 
 
 def _check_data(config: Config, split: str, found: Findings, dry_run: bool) -> int | None:

@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 
 from tdkd_dist.cluster import scheduler, slurm
-from tdkd_dist.config import Config, require
+from tdkd_dist.config import Config
+from tdkd_dist.mistakes import Mistake, require
 from tdkd_dist.recipe import read_config
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import find_laggard, read_signs
@@ -13,11 +14,11 @@ from tdkd_dist.run.record import read_rows
 
 
 def open_run(path: str) -> RunFolder:
-    """The run in a folder, or `runs/` with a run's name. Raises `ValueError` if there is none."""
+    """The run in a folder, or `runs/` with a run's name. Raises `Mistake` if there is none."""
     for folder in (RunFolder(Path(path)), RunFolder(Path("runs") / path)):
         if folder.config_file.is_file():
             return folder
-    raise ValueError(f"{path}: no run is here (no config.yaml)")
+    raise Mistake(f"{path}: no run is here (no config.yaml)")
 
 
 def describe_run(folder: RunFolder) -> str:
@@ -57,7 +58,7 @@ def count_restarts(job: dict[str, str]) -> int:
 
 
 def cancel(folder: RunFolder) -> str:
-    """Ask the run's job to save and end; what was done, in a line. Raises `ValueError` if it has none to end."""
+    """Ask the run's job to save and end; what was done, in a line. Raises `Mistake` if it has none to end."""
     job = folder.read_job()
     require(job is not None, f"{folder.path}: no job was ever submitted for it")
     assert job is not None

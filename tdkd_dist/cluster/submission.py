@@ -14,17 +14,18 @@ from tdkd_dist.cluster import scheduler, slurm
 from tdkd_dist.cluster.follow import CRASHED, Follower
 from tdkd_dist.cluster.job import PACKAGE, PREEMPTED_FILE, Job
 from tdkd_dist.config import Config
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.run.folder import RunFolder
 
 
 def find_cluster(config: Config) -> str:
     """`local` or `slurm`, with `auto` resolved: Slurm if `sbatch` answers.
 
-    Raises `ValueError` if Slurm is asked for and isn't there.
+    Raises `Mistake` if Slurm is asked for and isn't there.
     """
     answers = scheduler.sbatch_answers()
     if config.launcher.cluster == "slurm" and not answers:
-        raise ValueError("launcher.cluster=slurm: sbatch does not answer here; launcher.cluster=local runs here")
+        raise Mistake("launcher.cluster=slurm: sbatch does not answer here; launcher.cluster=local runs here")
     if config.launcher.cluster == "auto":
         return "slurm" if answers else "local"
     return config.launcher.cluster
@@ -108,7 +109,7 @@ def batch_script(config: Config, folder: RunFolder) -> str:
 def submit(config: Config, folder: RunFolder, cluster: str, teacher_weights: str | None) -> Any:
     """Start the run's job with submitit and return submitit's handle.
 
-    Raises `ValueError` with Slurm's own message if it refuses the job.
+    Raises `Mistake` with Slurm's own message if it refuses the job.
     """
     job = _submitted(make_executor(config, folder, cluster), [Job(config, teacher_weights)])[0]
     folder.write_job(cluster, str(job.job_id), _restarts(folder))
@@ -118,12 +119,12 @@ def submit(config: Config, folder: RunFolder, cluster: str, teacher_weights: str
 def submit_array(configs: list[Config], weights: list[str | None], home: Path) -> list[Any]:
     """Start a sweep on Slurm as one job array, in one call of sbatch; the members' handles.
 
-    `home` holds submitit's files of all members. Raises `ValueError` if the members differ in `launcher`, or with
+    `home` holds submitit's files of all members. Raises `Mistake` if the members differ in `launcher`, or with
     Slurm's own message.
     """
     for config in configs[1:]:
         if config.launcher != configs[0].launcher:
-            raise ValueError("a sweep on Slurm is one job array: sweep.launcher is not possible")
+            raise Mistake("a sweep on Slurm is one job array: sweep.launcher is not possible")
     shared = RunFolder(home)
     members = [Job(config, own) for config, own in zip(configs, weights, strict=True)]
     jobs = _submitted(make_executor(configs[0], shared, "slurm"), members)
@@ -133,10 +134,10 @@ def submit_array(configs: list[Config], weights: list[str | None], home: Path) -
 
 
 def refuse_if_alive(folder: RunFolder) -> None:
-    """Raise `ValueError` if a job of this run is still waiting or running: two would spoil each other's files."""
+    """Raise `Mistake` if a job of this run is still waiting or running: two would spoil each other's files."""
     job = folder.read_job()
     if job is not None and scheduler.state_of(job["cluster"], job["job_id"]) != "gone":
-        raise ValueError(
+        raise Mistake(
             f"{folder.path}: its job {job['job_id']} is still there; python launch/submit.py logs {folder.path} follows"
             f" it, python launch/submit.py cancel {folder.path} stops it"
         )
@@ -167,7 +168,7 @@ def _submitted(executor: Any, jobs: list[Job]) -> list[Any]:
             with executor.batch():
                 return [executor.submit(job) for job in jobs]
     except FailedJobError as error:
-        raise ValueError(f"Slurm refused the job: {' '.join(str(error).split())}") from error
+        raise Mistake(f"Slurm refused the job: {' '.join(str(error).split())}") from error
 
 
 def _snapshot(folder: RunFolder) -> Path:

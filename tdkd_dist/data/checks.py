@@ -10,6 +10,7 @@ from tdkd_dist.data.beton.manifest import BetonInfo, read_manifest
 from tdkd_dist.data.sources.classes import check_order
 from tdkd_dist.data.sources.folder import class_folders
 from tdkd_dist.data.sources.source import Source
+from tdkd_dist.mistakes import Mistake
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 def check_classes(data: DataConfig, key: str, opened: BetonInfo | Source) -> None:
     """The classes of `data.train` or `data.val` must be numbered as the teacher's are, and alike in both sets.
 
-    Raises `ValueError` starting with `key=path: `. A wrong order trains quietly; a class that one set lacks shifts the
+    Raises `Mistake` starting with `key=path: `. A wrong order trains quietly; a class that one set lacks shifts the
     labels of all after it. A beton without a manifest is taken on trust, with a warning.
     """
     where = f"{key}={opened.path}"
@@ -28,7 +29,7 @@ def check_classes(data: DataConfig, key: str, opened: BetonInfo | Source) -> Non
     if key == "data.val" and data.train is not None and names is not None:
         other = _class_names(data.train, data.format)
         if other is not None and list(other) != list(names):
-            raise ValueError(f"{where}: {_difference(other, names)}, unlike data.train's")
+            raise Mistake(f"{where}: {_difference(other, names)}, unlike data.train's")
 
 
 def say_where_it_is_cached(key: str, path: Path) -> None:

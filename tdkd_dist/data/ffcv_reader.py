@@ -36,6 +36,7 @@ from tdkd_dist.data.crops import (
     CropRule,
     Ints,
 )
+from tdkd_dist.mistakes import Mistake
 
 logger = logging.getLogger(__name__)
 STALL_SECONDS = 600.0
@@ -76,7 +77,7 @@ class FfcvReader:
     def batches(self, order: Ints, epoch: int) -> Generator[Batch]:
         """The samples `order` in batches.
 
-        Raises `ValueError` naming a sample that cannot be decoded, `RuntimeError` when the thread dies or stalls.
+        Raises `Mistake` naming a sample that cannot be decoded, `RuntimeError` when the thread dies or stalls.
         """
         self.close()
         if len(order) == 0:
@@ -262,7 +263,7 @@ def _iterator_class() -> Any:
                 self.cuda_streams[batch_slot].synchronize()
             broken = batch_indices[plans_BP[:, DECODED] != 0]
             if len(broken):
-                raise ValueError(f"sample {broken[0]} cannot be decoded; see tools/write_beton.py --verify")
+                raise Mistake(f"sample {broken[0]} cannot be decoded; see tools/write_beton.py --verify")
             return result
 
         def __next__(self) -> Any:
@@ -282,7 +283,7 @@ def _iterator_class() -> Any:
                 except queue.Empty:
                     path = self.loader.fname
                     if not alive:
-                        kind = ValueError if isinstance(self._error, ValueError) else RuntimeError
+                        kind = Mistake if isinstance(self._error, Mistake) else RuntimeError
                         raise kind(f"{path}: {self._error}") from self._error
                     if time.monotonic() > deadline:
                         raise RuntimeError(f"{path}: no batch for {STALL_SECONDS:.0f} s") from None

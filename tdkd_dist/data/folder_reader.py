@@ -19,6 +19,7 @@ from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.crops import DOWN, ERASE_TOP, FLIP, HEIGHT, LEFT, RIGHT, TOP, WIDTH, CropRule, Ints
 from tdkd_dist.data.jitter import augment_seed
 from tdkd_dist.data.sources.source import Image, Source
+from tdkd_dist.mistakes import Mistake
 
 STALL_SECONDS = 600
 """Longest wait for a batch from a process that still lives."""
@@ -59,7 +60,7 @@ class FolderReader:
     def batches(self, order: Ints, epoch: int) -> Generator[Batch]:
         """The samples `order` in batches.
 
-        Raises `ValueError` naming a picture that cannot be read, `RuntimeError` when a process dies.
+        Raises `Mistake` naming a picture that cannot be read, `RuntimeError` when a process dies.
         """
         self._sampler.items = [(epoch, int(index)) for index in order]
         if len(order) == 0:
@@ -68,9 +69,9 @@ class FolderReader:
             for images_BHWC, labels_B in self._loader:
                 images_BCHW = images_BHWC.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
                 yield Batch(images_BCHW, labels_B.to(self._device, non_blocking=True))
-        except ValueError as error:
+        except Mistake as error:
             # The DataLoader's message is the traceback of its process; the last line is ours.
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+            raise Mistake(str(error).strip().splitlines()[-1].removeprefix("tdkd_dist.mistakes.Mistake: ")) from error
 
     def close(self) -> None:
         """End the processes."""

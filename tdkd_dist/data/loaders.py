@@ -22,6 +22,7 @@ from tdkd_dist.data.crops import CropRule, Ints
 from tdkd_dist.data.jitter import ColorJitter
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.sources.source import Source
+from tdkd_dist.mistakes import Mistake
 
 
 class Reader(Protocol):
@@ -61,7 +62,7 @@ class TrainLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch]:
         """This rank's micro-batches of an epoch, in order, from global step `start_step` on.
 
-        Raises `ValueError` naming a sample that cannot be decoded, `RuntimeError` if the reader dies or stalls.
+        Raises `Mistake` naming a sample that cannot be decoded, `RuntimeError` if the reader dies or stalls.
         """
         order = self._order(epoch)[start_step * self._share :]
         batches = self._reader.batches(order, epoch)
@@ -135,17 +136,17 @@ def make_train_loader(
 ) -> TrainLoader:
     """Open `data.train`; `batch_size` is the global batch. `beat` is called while it is copied (`data.stage_to`).
 
-    Raises `ValueError` naming the key that is wrong.
+    Raises `Mistake` naming the key that is wrong.
     """
     if batch_size % world_size or batch_size // world_size % micro_batch:
-        raise ValueError(
+        raise Mistake(
             f"train.batch_size={batch_size} does not divide over {world_size} ranks in micro-batches of {micro_batch}"
         )
     rule = train_rule(data, seed)
     reader, num_samples, num_classes = _open("train", data, rule, micro_batch, device, workers, beat)
     if num_samples < batch_size:
         reader.close()
-        raise ValueError(f"train.batch_size={batch_size}: data.train={data.train} holds only {num_samples} samples")
+        raise Mistake(f"train.batch_size={batch_size}: data.train={data.train} holds only {num_samples} samples")
     return TrainLoader(
         reader,
         num_samples,
@@ -203,7 +204,7 @@ def _open(
     """The reader of `data.train` or `data.val`, with the number of samples and, where known, of classes."""
     key, path = f"data.{split}", data.train if split == "train" else data.val
     if path is None:
-        raise ValueError(f"{key} is not set: give a {'beton' if data.format == 'ffcv' else 'folder'}")
+        raise Mistake(f"{key} is not set: give a {'beton' if data.format == 'ffcv' else 'folder'}")
     if data.format == "imagefolder":
         from tdkd_dist.data.folder_reader import FolderReader
 
@@ -231,18 +232,18 @@ def _open(
             info.num_classes,
         )
     except ImportError as error:
-        raise ValueError(f"data.format=ffcv: {error}; install ffcv, or say data.format=imagefolder") from error
+        raise Mistake(f"data.format=ffcv: {error}; install ffcv, or say data.format=imagefolder") from error
 
 
 def open_pictures(path: str, key: str) -> Source:
     """What lies at `path`, the value of the configuration's `key` (data.train or data.val).
 
-    Raises `ValueError` starting with `key=path` if nothing here can read it.
+    Raises `Mistake` starting with `key=path` if nothing here can read it.
     """
     try:
         return open_source(Path(path), key.removeprefix("data."))
-    except ValueError as error:
-        raise ValueError(f"{key}={error}") from error
+    except Mistake as error:
+        raise Mistake(f"{key}={error}") from error
 
 
 def count_classes(source: Source) -> int:

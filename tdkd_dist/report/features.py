@@ -11,6 +11,7 @@ from tdkd_dist import distributed
 from tdkd_dist.data.loaders import make_val_loader
 from tdkd_dist.data.normalise import Normalise
 from tdkd_dist.losses import ensembles
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.report.runs import Floats, RunData
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.students.base import SpikingNet
@@ -22,7 +23,7 @@ Labels = NDArray[np.int64]
 def embed(run: RunData, num_images: int) -> tuple[dict[int, Floats], Labels]:
     """`[N, 2]` embeddings of the running mean of pooled features after t = 1, T/2 and T, and the labels `[N]`.
 
-    The images are `num_images` of the validation set, evenly spread. Raises `ValueError` if the run's student is no
+    The images are `num_images` of the validation set, evenly spread. Raises `Mistake` if the run's student is no
     spiking network, or its weights or data are not here.
     """
     from sklearn.manifold import TSNE
@@ -40,10 +41,10 @@ def running_features(run: RunData, num_images: int) -> tuple[torch.Tensor, Label
     """`[T, N, C]`: the mean over steps <= t of the features pooled over pixels; and the labels `[N]`."""
     weights = RunFolder(run.folder).student_file
     if not weights.is_file():
-        raise ValueError(f"{weights}: not there yet")
+        raise Mistake(f"{weights}: not there yet")
     model = load_student(weights)
     if not isinstance(model, SpikingNet):
-        raise ValueError(f"{run.config.student.model} has no timesteps")
+        raise Mistake(f"{run.config.student.model} has no timesteps")
     data = run.config.data
     loader = make_val_loader(
         data,

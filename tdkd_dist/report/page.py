@@ -1,10 +1,11 @@
 """The comparison as one HTML file that needs nothing else: text, tables and SVG."""
 
 import html
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tdkd_dist.files import write_text
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.report import figures, tables
 from tdkd_dist.report.features import embed
 from tdkd_dist.report.runs import Group
@@ -45,13 +46,10 @@ def write_page(
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"--html {path}: cannot be written ({error.strerror})") from error
+        raise Mistake(f"--html {path}: cannot be written ({error.strerror})") from error
 
 
 def _outcome(groups: list[Group]) -> list[str]:
@@ -116,7 +114,7 @@ def _features(groups: list[Group], images: int, say: Callable[[str], None]) -> l
         say(f"t-SNE of {group.name} ({k} of {len(groups)})")
         try:
             embeddings, labels = embed(group.runs[0], images)
-        except (ValueError, ImportError) as error:
+        except (Mistake, ImportError) as error:
             left_out.append(f"{group.name}: {error}")
             continue
         for t, points in embeddings.items():

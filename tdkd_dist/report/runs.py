@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tdkd_dist.config import Config, flatten, require
+from tdkd_dist.config import Config, flatten
 from tdkd_dist.data.beton.manifest import read_manifest
+from tdkd_dist.mistakes import Mistake, require
 from tdkd_dist.recipe import read_config
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.record import read_rows
@@ -96,7 +97,7 @@ class Group:
 def load_runs(folders: list[Path]) -> tuple[list[RunData], list[str]]:
     """The runs in these folders, and a line for each that holds nothing to compare yet.
 
-    Raises `ValueError` naming a folder that holds no run, or if no run is left.
+    Raises `Mistake` naming a folder that holds no run, or if no run is left.
     """
     runs, left_out = [], []
     for path in folders:
@@ -114,11 +115,11 @@ def load_runs(folders: list[Path]) -> tuple[list[RunData], list[str]]:
 
 
 def check_comparable(runs: list[RunData]) -> None:
-    """Raise `ValueError` naming two runs that were validated on other data."""
+    """Raise `Mistake` naming two runs that were validated on other data."""
     first = runs[0]
     for run in runs[1:]:
         if _data(run) != _data(first):
-            raise ValueError(
+            raise Mistake(
                 f"{run.folder} was validated on {run.config.data.val} ({int(run.last['val/samples'])} images) and"
                 f" {first.folder} on {first.config.data.val} ({int(first.last['val/samples'])} images):"
                 " they cannot be compared"
@@ -202,7 +203,7 @@ def _data(run: RunData) -> tuple[Any, ...]:
     assert path is not None
     try:
         manifest = read_manifest(path)
-    except ValueError:
+    except Mistake:
         manifest = None
     where = manifest.tables_sha256 if manifest else Path(path).resolve()
     return str(where), run.last["val/samples"], run.config.student.num_classes

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from tdkd_dist.files import whole
+
 
 def draw_accuracy_against_timestep(folder: Path, curves: dict[str, list[float]]) -> Path:
     """A line plot of top-1 (per cent) after t = 1..T timesteps, one line a name, as a PNG in `folder`; its path."""
@@ -36,8 +38,7 @@ def draw_accuracy_against_timestep(folder: Path, curves: dict[str, list[float]])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     path = folder / "accuracy_against_timestep.png"
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=130)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     plt.close(figure)
-    temporary.replace(path)
     return path

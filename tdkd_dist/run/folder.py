@@ -20,13 +20,14 @@ import os
 import platform
 import shutil
 import subprocess
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tdkd_dist.config import Config, flatten
+from tdkd_dist.files import write_json
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.recipe import read_config, save_config
 
 MAY_DIFFER = ("train.epochs", "train.max_steps", "train.save_", "train.keep_", "launcher.", "wandb.timeout_s", "run.")
@@ -116,7 +117,7 @@ class RunFolder:
     def create(self, config: Config) -> None:
         """Make the folder, or check that it holds the same run.
 
-        Raises `ValueError` naming `run.dir` if the folder can't be written, or the keys in which `config` differs from
+        Raises `Mistake` naming `run.dir` if the folder can't be written, or the keys in which `config` differs from
         the run that is there already.
         """
         try:
@@ -125,20 +126,18 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise ValueError(f"run.dir={self.path}: cannot be written ({error.strerror}); choose another") from error
+            raise Mistake(f"run.dir={self.path}: cannot be written ({error.strerror}); choose another") from error
         if self.config_file.exists():
             self.check_same(config)
         # The signs of an earlier job's ranks, of which there may have been more.
         shutil.rmtree(self.heartbeat, ignore_errors=True)
         for folder in (self.checkpoints, self.figures):
             folder.mkdir(exist_ok=True)
-        temporary = self.config_file.with_suffix(".tmp")
-        save_config(config, temporary)
-        temporary.replace(self.config_file)
+        save_config(config, self.config_file)
         write_json(self.path / "environment.json", environment())
 
     def check_same(self, config: Config) -> None:
-        """Raise `ValueError` naming the keys if `config` isn't the configuration of the run that is here."""
+        """Raise `Mistake` naming the keys if `config` isn't the configuration of the run that is here."""
         before, now = flatten(read_config(self.config_file)), flatten(config)
         differing = [key for key in now if before[key] != now[key] and not key.startswith(MAY_DIFFER)]
         if before["run.seed"] != now["run.seed"]:
@@ -146,7 +145,7 @@ class RunFolder:
         if differing:
             changes = ", ".join(f"{key} ({before[key]} there, {now[key]} now)" for key in differing[:5])
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-            raise ValueError(
+            raise Mistake(
                 f"{self.path} holds a run that differs in {changes}{more};"
                 " give this one another run.name or run.dir, or delete the folder"
             )
@@ -159,26 +158,6 @@ class RunFolder:
             return None
         same_length = (summary["epochs"], summary["max_steps"]) == (config.train.epochs, config.train.max_steps)
         return summary if same_length else None
-
-
-def append_text(path: Path, text: str) -> bool:
-    """Append all of `text`, or nothing: on a full disk what was written of it is taken back, and False returned."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError:
-        with suppress(OSError):
-            os.truncate(path, size)
-        return False
-    return True
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` under a temporary name and rename it, so that `path` is never half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def environment() -> dict[str, Any]:

@@ -11,12 +11,15 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tdkd_dist.files import write_json
 
 WRITE_EVERY_S = 5.0
 EXIT_STATUS = 75
@@ -103,12 +106,8 @@ class Heartbeat:
         os._exit(EXIT_STATUS)
 
     def _write(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        try:
-            temporary.write_text(json.dumps(asdict(self._sign)))
-            temporary.replace(self._path)
-        except OSError:
-            return  # a full disk must not end the run; the next sign may get through
+        with suppress(OSError):  # a full disk must not end the run; the next sign may get through
+            write_json(self._path, asdict(self._sign))
 
 
 def read_signs(folder: Path) -> list[Sign]:

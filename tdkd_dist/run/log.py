@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from tdkd_dist import distributed
-from tdkd_dist.run.folder import append_text
+from tdkd_dist.files import append_text
 
 PROGRESS_PREFIX = "  step "
 """How progress lines start; a follower on a terminal shows them as one line that changes."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from tdkd_dist import distributed
 from tdkd_dist.config import Config, flatten
-from tdkd_dist.run.folder import RunFolder, append_text
+from tdkd_dist.files import append_text, write_text
+from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.log import Log
 
 
@@ -154,6 +155,4 @@ def _drop_rows_after(path: Path, global_step: int) -> None:
     rows = read_rows(path)
     kept = [row for row in rows if row.get("global_step", 0) <= global_step]
     if len(kept) < len(rows):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))

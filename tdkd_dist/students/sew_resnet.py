@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.students import base
 from tdkd_dist.students.base import conv3x3
@@ -114,7 +115,7 @@ class SEWResNet(base.SpikingNet):
 
     `width` is the first stage's; `small_stem` is a 3x3 convolution of stride 2 without a pool, for images of about
     32 pixels. `zero_init_last` starts each block's last BN weight at 0, `drop_path_rate` is the last block's.
-    Raises `ValueError` for an unknown `connect`, and for drop-path where a silent branch would silence the block.
+    Raises `Mistake` for an unknown `connect`, and for drop-path where a silent branch would silence the block.
     """
 
     def __init__(
@@ -134,9 +135,9 @@ class SEWResNet(base.SpikingNet):
     ) -> None:
         super().__init__(num_classes, in_chans, num_timesteps, neuron)
         if connect not in get_args(Connect):
-            raise ValueError(f"student.connect={connect}: must be one of {', '.join(get_args(Connect))}")
+            raise Mistake(f"student.connect={connect}: must be one of {', '.join(get_args(Connect))}")
         if drop_path_rate > 0 and connect != "ADD":
-            raise ValueError(f"student.drop_path={drop_path_rate} needs student.connect=ADD, not {connect}")
+            raise Mistake(f"student.drop_path={drop_path_rate} needs student.connect=ADD, not {connect}")
         kernel = 3 if small_stem else 7
         self.conv1 = nn.Conv2d(in_chans, width, kernel, 2, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

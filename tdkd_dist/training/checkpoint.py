@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from tdkd_dist import distributed
+from tdkd_dist.files import write_text
 from tdkd_dist.training.engine import Engine
 
 MANIFEST = "manifest.json"
@@ -148,8 +149,7 @@ def _complete(folder: Path, temporary: Path, name: str, progress: Progress, best
     shutil.rmtree(folder / name, ignore_errors=True)
     temporary.rename(folder / name)
     for pointer in [BEST, LATEST] if best else [LATEST]:
-        (folder / f"{pointer}.tmp").write_text(f"{name}\n")
-        (folder / f"{pointer}.tmp").replace(folder / pointer)
+        write_text(folder / pointer, f"{name}\n")
 
 
 def _remove_old(folder: Path, keep: int) -> None:

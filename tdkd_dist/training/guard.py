@@ -11,7 +11,8 @@ from torch import Tensor
 from tdkd_dist import distributed
 from tdkd_dist.config import TrainConfig
 from tdkd_dist.data.crops import Ints
-from tdkd_dist.run.folder import append_text
+from tdkd_dist.files import append_text
+from tdkd_dist.mistakes import Mistake
 
 
 class StepGuard:
@@ -32,7 +33,7 @@ class StepGuard:
         """Whether to skip the optimiser step in hand, the one after `global_step`; sets `stop` and `save`.
 
         It hangs on the losses watched since the last time; `samples` gives the indices they were computed from. The
-        samples of the ranks whose losses are not finite are recorded. Every rank must call it. Raises `ValueError` with
+        samples of the ranks whose losses are not finite are recorded. Every rank must call it. Raises `Mistake` with
         advice when too many steps in a row would be skipped.
         """
         finite = all([is_finite() for is_finite in self._watched])
@@ -51,7 +52,7 @@ class StepGuard:
             row = {"global_step": global_step, "samples": {k: s for k, s in enumerate(found) if s is not None}}
             append_text(self._skipped_file, json.dumps(row) + "\n")
         if self._in_a_row > self._config.max_skipped:
-            raise ValueError(
+            raise Mistake(
                 f"the loss was not finite in {self._in_a_row} steps in a row, up to step {global_step + 1}: try a lower"
                 f" optim.lr, optim.warmup_epochs or optim.clip_grad; their samples are in {self._skipped_file}"
             )

@@ -17,8 +17,9 @@ from tdkd_dist.config import Config
 from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.loaders import ValLoader
 from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.files import write_json
 from tdkd_dist.run.figures import draw_accuracy_against_timestep
-from tdkd_dist.run.folder import RunFolder, write_json
+from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import Heartbeat
 from tdkd_dist.run.log import Log
 from tdkd_dist.run.record import Record, format_table

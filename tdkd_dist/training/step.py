@@ -85,7 +85,7 @@ def build_untrained(config: Config, device: torch.device, *, compiled: bool) -> 
     student = create_student(config.student).to(device)
     choose_recomputed(student, config)
     teacher: Teacher | None = None
-    if config.loss.alpha:
+    if config.needs_teacher:
         plain = replace(config.teacher, checkpoint=None, pretrained=False)
         classes, channels = config.student.num_classes, config.student.in_chans
         teacher = create_teacher(plain, config.data, num_classes=classes, in_chans=channels)

@@ -17,6 +17,7 @@ from tdkd_dist.config import Config
 from tdkd_dist.data.loaders import TrainLoader, make_train_loader, make_val_loader
 from tdkd_dist.data.mixing import Mixer
 from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import Heartbeat
 from tdkd_dist.run.log import Log, format_seconds
@@ -37,7 +38,7 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
     """Carry the run in `folder` to its end, from its newest checkpoint if there is one.
 
     `should_stop` is asked on every rank before each optimiser step; one that answers yes stops them all. Returns False
-    if that ended the run early, with a checkpoint to go on from. Raises `ValueError` for a user's mistake that only the
+    if that ended the run early, with a checkpoint to go on from. Raises `Mistake` for a user's mistake that only the
     job can find.
     """
     # Crops keep their size for epochs, so that finding the fastest convolutions pays; a no-op on a CPU.
@@ -249,7 +250,7 @@ class Trainer:
         return by_steps or self.progress.epoch >= train.epochs
 
     def _measure_teacher(self, teacher: Teacher) -> None:
-        """Record the teacher's accuracy, cross-entropy and mean top probability; `ValueError` if it is broken."""
+        """Record the teacher's accuracy, cross-entropy and mean top probability; `Mistake` if it is broken."""
         config = self.parts.config.teacher
         found = self.parts.validate(teacher, 1)
         self.parts.log.say(
@@ -268,7 +269,7 @@ class Trainer:
             }
         )
         if found["top1_t1"] < config.min_top1:
-            raise ValueError(
+            raise Mistake(
                 f"teacher.min_top1={config.min_top1}: teacher {config.name} reaches {found['top1_t1']:.2f} % on"
                 " data.val; check its weights, the order of the classes and data.image_size"
             )
@@ -305,7 +306,7 @@ class Trainer:
 
 def _build_teacher(parts: Run) -> Teacher | None:
     config, place = parts.config, parts.place
-    if config.loss.alpha == 0 or config.teacher.name is None:
+    if not config.needs_teacher:
         return None
     if config.teacher.checkpoint is None and not config.teacher.pretrained:
         parts.log.say(f"warning: teacher {config.teacher.name} has random weights (teacher.pretrained=false)")

@@ -7,7 +7,6 @@ peer is a bare `torch.save` of as many tensors, measured in the same run. Neithe
 checkpoint that a power cut spoils is found by its checksums.
 """
 
-import argparse
 import os
 import platform
 import statistics
@@ -22,6 +21,7 @@ import torch
 from tdkd_dist import distributed
 from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.config import Config, StudentConfig, TrainConfig
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.students import create_student
 from tdkd_dist.training import checkpoint
 from tdkd_dist.training.checkpoint import Progress
@@ -34,15 +34,15 @@ def main(argv: list[str]) -> int:
 
 
 def compare(argv: list[str]) -> None:
-    """Measure, and print the table. Raises `ValueError`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure, and print the table. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("--student", nargs="+", default=["sew_resnet18", "sew_resnet34", "sew_resnet101"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
-        raise ValueError(f"--folder {args.folder}: no such folder")
+        raise Mistake(f"--folder {args.folder}: no such folder")
     lines = [
         f"One rank, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};"
         f" median of {args.rounds} rounds (least to most).",

@@ -18,6 +18,7 @@ from step import describe, parse
 from step_contestants import make_config
 
 from tdkd_dist.command_line import Parser, publish, run_tool
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.students import SpikingNet, create_student
 
 
@@ -27,8 +28,8 @@ def main(argv: list[str]) -> int:
 
 
 def compare(argv: list[str]) -> None:
-    """Measure, and print the table. Raises `ValueError`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure, and print the table. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--student", default="sew_resnet34")
     parser.add_argument("--timesteps", default="1,2,4,8", help="numbers of timesteps, separated by commas")
@@ -41,13 +42,13 @@ def compare(argv: list[str]) -> None:
 
 
 def measure(args: argparse.Namespace) -> str:
-    """The table, in Markdown. Raises `ValueError`."""
+    """The table, in Markdown. Raises `Mistake`."""
     common = [f"--{name}={getattr(args, name)}" for name in ("device", "student", "batch", "size", "precision")]
     options = parse(common)
     try:
         timesteps = [int(text) for text in args.timesteps.split(",")]
     except ValueError as error:
-        raise ValueError(f"--timesteps {args.timesteps}: give numbers separated by commas") from error
+        raise Mistake(f"--timesteps {args.timesteps}: give numbers separated by commas") from error
     student = create_student(make_config(options).student)
     assert isinstance(student, SpikingNet)
     stages = list(range(1, student.num_stages + 1))
@@ -78,10 +79,10 @@ def measure(args: argparse.Namespace) -> str:
 
 
 def peak(argv: list[str], contestant: str) -> float:
-    """Peak memory in MiB. Raises `ValueError` if the process fails."""
+    """Peak memory in MiB. Raises `Mistake` if the process fails."""
     result = compete({contestant: Worker(argv, contestant)}, rounds=1)[contestant]
     if "error" in result:
-        raise ValueError(f"{' '.join(argv)}: {result['error']}")
+        raise Mistake(f"{' '.join(argv)}: {result['error']}")
     mib: float = result["peak_mib"]
     return mib
 

@@ -13,6 +13,7 @@ from rounds import Worker, compete, ratio
 from step import describe, parse
 
 from tdkd_dist.command_line import publish, run_tool
+from tdkd_dist.mistakes import Mistake
 
 VARIANTS: dict[str, list[str]] = {
     "defaults": [],
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 
 def compare(argv: list[str]) -> None:
-    """Measure, and print the table. Raises `ValueError`."""
+    """Measure, and print the table. Raises `Mistake`."""
     options = parse(argv)
     workers = {title: Worker([*argv, *extra], "full") for title, extra in VARIANTS.items()}
     results = compete(workers, options.rounds)
@@ -52,7 +53,7 @@ def compare(argv: list[str]) -> None:
     ]
     first = results[next(iter(VARIANTS))]
     if "error" in first:
-        raise ValueError(f"the step with every option at its default: {first['error']}")
+        raise Mistake(f"the step with every option at its default: {first['error']}")
     for title, result in results.items():
         if "error" in result:
             lines.append(f"| {title} | {result['error']} | | |")

@@ -7,7 +7,6 @@ Runs the recipe for one step, once to fill the caches and then `--rounds` times,
 the teacher is left out of the total.
 """
 
-import argparse
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 from tdkd_dist.command_line import Parser, publish, run_tool
+from tdkd_dist.mistakes import Mistake
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LINE = re.compile(r"first step after ([\d.]+) s \((.*)\)")
@@ -31,8 +31,8 @@ def main(argv: list[str]) -> int:
 
 
 def measure(argv: list[str]) -> None:
-    """Start again and again, and print the table. Raises `ValueError`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Start again and again, and print the table. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and overrides")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
@@ -42,7 +42,7 @@ def measure(argv: list[str]) -> None:
 
 
 def start_once(settings: list[str]) -> dict[str, float]:
-    """Seconds by part, of a run that ends after one step. Raises `ValueError` with what a run that fails said."""
+    """Seconds by part, of a run that ends after one step. Raises `Mistake` with what a run that fails said."""
     with tempfile.TemporaryDirectory() as folder:
         extra = [f"run.dir={folder}/run", "train.max_steps=1", "launcher.cluster=local", "eval.activity_images=0"]
         command = [sys.executable, "launch/submit.py", *settings, *extra]
@@ -59,7 +59,7 @@ def start_once(settings: list[str]) -> dict[str, float]:
                     pairs = [part.rsplit(" ", 1) for part in match[2].split(", ")]
                     parts = {"command": elapsed_s - float(match[1])} | {name: float(s) for name, s in pairs}
         if not parts:
-            raise ValueError(f"{' '.join(command)} took no step:\n{said}")
+            raise Mistake(f"{' '.join(command)} took no step:\n{said}")
         print(", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items()), file=sys.stderr, flush=True)
         return parts
 

@@ -26,8 +26,9 @@ import torch
 from rounds import Worker, compete, ratio, say
 from step_contestants import CONTESTANTS, inputs
 
-from tdkd_dist.command_line import Parser, publish
-from tdkd_dist.run.folder import write_json
+from tdkd_dist.command_line import Parser, publish, run_tool
+from tdkd_dist.files import write_json
+from tdkd_dist.mistakes import Mistake
 
 VARIANTS = ("eager", "eager channels_last", "compiled", "compiled channels_last")
 """Ways to run spikingjelly."""
@@ -35,14 +36,15 @@ VARIANTS = ("eager", "eager channels_last", "compiled", "compiled channels_last"
 
 def main(argv: list[str]) -> int:
     """Measure and tell; the exit status: 0 done, 1 a contestant failed, 2 a user's mistake, told in one line."""
-    try:
-        options = parse(argv)
-        if options.worker:
-            return work(options)
-        results = contest(options, argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_tool(lambda: measure(argv))
+
+
+def measure(argv: list[str]) -> int:
+    """The measurement; the exit status. Raises `Mistake`."""
+    options = parse(argv)
+    if options.worker:
+        return work(options)
+    results = contest(options, argv)
     publish(as_markdown(options, results), options.markdown)
     if options.json:
         write_json(options.json, {"options": describe(options), "results": results})
@@ -52,8 +54,8 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Raises `ValueError`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--student", default="sew_resnet34", help="an SEW-ResNet that timm and spikingjelly have the like of"
@@ -79,12 +81,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     unknown = set(options.only.split(",")) - set(CONTESTANTS)
     if unknown:
-        raise ValueError(f"--only {','.join(sorted(unknown))}: choose from {', '.join(CONTESTANTS)}")
+        raise Mistake(f"--only {','.join(sorted(unknown))}: choose from {', '.join(CONTESTANTS)}")
     for name in ("timesteps", "batch", "size", "rounds", "steps"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: must be at least 1")
+            raise Mistake(f"--{name} {getattr(options, name)}: must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU here")
+        raise Mistake("--device cuda: no GPU here")
     return options
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tdkd_dist.mistakes import Mistake
+
 VERSION = 2
 PAGE_SIZE = 1 << 23
 MODE_JPEG, MODE_RAW = 0, 1
@@ -75,17 +77,17 @@ def data_start(num_samples: int, page_size: int = PAGE_SIZE) -> int:
 
 
 def read_tables(path: Path) -> Tables:
-    """The tables of a beton with fields `image` and `label`. Raises `ValueError` if it is not one, or not whole."""
+    """The tables of a beton with fields `image` and `label`. Raises `Mistake` if it is not one, or not whole."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         header = np.frombuffer(file.read(HEADER.itemsize).ljust(HEADER.itemsize, b"\0"), dtype=HEADER)[0]
         count, fields = int(header["num_samples"]), int(header["num_fields"])
         if header["version"] != VERSION or fields == 0 or not _is_power_of_two(int(header["page_size"])):
-            raise ValueError("not an FFCV file")
+            raise Mistake("not an FFCV file")
         tables_end = HEADER.itemsize + fields * DESCRIPTOR.itemsize + count * SAMPLE.itemsize
         table_ptr = int(header["alloc_table_ptr"])
         if fields * DESCRIPTOR.itemsize > size or (fields == 2 and not tables_end <= table_ptr <= size):
-            raise ValueError(f"truncated: {size} bytes are less than its header promises")
+            raise Mistake(f"truncated: {size} bytes are less than its header promises")
         descriptors = np.frombuffer(file.read(fields * DESCRIPTOR.itemsize), dtype=DESCRIPTOR)
         _check_fields(descriptors)
         samples = np.frombuffer(file.read(count * SAMPLE.itemsize), dtype=SAMPLE)
@@ -93,7 +95,7 @@ def read_tables(path: Path) -> Tables:
         file.seek(table_ptr)
         rest = file.read()
     if len(rest) < count * ALLOCATION.itemsize or len(rest) % ALLOCATION.itemsize:
-        raise ValueError(f"truncated: its allocation table holds {len(rest)} of {count * ALLOCATION.itemsize} bytes")
+        raise Mistake(f"truncated: its allocation table holds {len(rest)} of {count * ALLOCATION.itemsize} bytes")
     tables = Tables(header, descriptors, samples, checksums, np.frombuffer(rest, dtype=ALLOCATION))
     _check_pointers(tables)
     return tables
@@ -107,13 +109,13 @@ def _check_fields(descriptors: Table) -> None:
     found = [(bytes(d["name"]).rstrip(b"\0").decode("ascii", "replace"), int(d["type_id"])) for d in descriptors]
     if found != [("image", TYPE_IMAGE), ("label", TYPE_INT)]:
         names = ", ".join(name for name, _ in found)
-        raise ValueError(f"its fields are {names}; expected image (RGBImageField) and label (IntField)")
+        raise Mistake(f"its fields are {names}; expected image (RGBImageField) and label (IntField)")
 
 
 def _check_pointers(tables: Tables) -> None:
     """Every picture must lie where the allocation table says, inside the file: FFCV would read past it."""
     if len(tables.samples) == 0:
-        raise ValueError("it holds no samples")
+        raise Mistake("it holds no samples")
     order, ptrs = tables.by_ptr
     sizes = tables.allocations["size"][order]
     pictures = tables.samples["image"]
@@ -128,4 +130,4 @@ def _check_pointers(tables: Tables) -> None:
         | (tables.samples["label"] < 0)
     )
     if bad.any():
-        raise ValueError(f"its sample table is corrupt: {bad.sum()} samples, the first is {bad.argmax()}")
+        raise Mistake(f"its sample table is corrupt: {bad.sum()} samples, the first is {bad.argmax()}")

@@ -5,11 +5,12 @@ each picture. A file without a manifest, as ffcv-imagenet writes it, is welcome;
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tdkd_dist.data.beton.layout import Tables, read_tables
+from tdkd_dist.files import write_json
+from tdkd_dist.mistakes import Mistake
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class WriteOptions:
         }
         for message, holds in checks.items():
             if not holds:
-                raise ValueError(message)
+                raise Mistake(message)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def manifest_path(path: Path) -> Path:
 
 
 def read_manifest(path: Path | str) -> Manifest | None:
-    """The manifest beside the beton `path`, None if there is none. Raises `ValueError` if it is not one."""
+    """The manifest beside the beton `path`, None if there is none. Raises `Mistake` if it is not one."""
     where = manifest_path(Path(path))
     try:
         content = json.loads(where.read_text())
@@ -96,45 +97,42 @@ def read_manifest(path: Path | str) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{where}: not a manifest that write_beton wrote ({error})") from error
+        raise Mistake(f"{where}: not a manifest that write_beton wrote ({error})") from error
 
 
 def save_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest beside the beton `path`, whole or not at all."""
-    where = manifest_path(path)
-    partial = where.with_name(f".{where.name}.partial")
-    partial.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    os.replace(partial, where)
+    write_json(manifest_path(path), asdict(manifest))
 
 
 def check_beton(path: Path | str, key: str) -> BetonInfo:
     """Check that `path`, the value of the configuration's `key`, is a whole beton; the pictures are not read.
 
-    Raises `ValueError` starting with `key=path: ` for a file that is missing, truncated or no beton, for fields other
+    Raises `Mistake` starting with `key=path: ` for a file that is missing, truncated or no beton, for fields other
     than `image` and `label`, and for tables that contradict each other or the manifest.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            raise ValueError("a folder, not an FFCV file (for an ImageFolder tree say data.format=imagefolder)")
+            raise Mistake("a folder, not an FFCV file (for an ImageFolder tree say data.format=imagefolder)")
         tables = read_tables(path)
         manifest = read_manifest(path)
         if manifest is not None:
             compare(manifest, tables, path.stat().st_size)
     except FileNotFoundError as error:
-        raise ValueError(f"{key}={path}: no such file; tools/write_beton.py writes it") from error
+        raise Mistake(f"{key}={path}: no such file; tools/write_beton.py writes it") from error
     except OSError as error:
-        raise ValueError(f"{key}={path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{key}={path}: {error}") from error
+        raise Mistake(f"{key}={path}: {error.strerror}") from error
+    except Mistake as error:
+        raise Mistake(f"{key}={path}: {error}") from error
     return BetonInfo(path, len(tables.samples), manifest)
 
 
 def compare(manifest: Manifest, tables: Tables, size: int) -> None:
-    """Raise `ValueError` if the file with these tables and this size is not the one the manifest describes."""
+    """Raise `Mistake` if the file with these tables and this size is not the one the manifest describes."""
     if manifest.file_size != size:
-        raise ValueError(f"{size} bytes, but its manifest says {manifest.file_size}: truncated or replaced")
+        raise Mistake(f"{size} bytes, but its manifest says {manifest.file_size}: truncated or replaced")
     if manifest.num_samples != len(tables.samples):
-        raise ValueError(f"{len(tables.samples)} samples, but its manifest says {manifest.num_samples}")
+        raise Mistake(f"{len(tables.samples)} samples, but its manifest says {manifest.num_samples}")
     if manifest.tables_sha256 != tables.sha256():
-        raise ValueError("its tables differ from what its manifest says: corrupt or replaced")
+        raise Mistake("its tables differ from what its manifest says: corrupt or replaced")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tdkd_dist.data.beton.manifest import manifest_path
 from tdkd_dist.data.sources.source import fingerprint
+from tdkd_dist.files import whole
+from tdkd_dist.mistakes import Mistake
 
 logger = logging.getLogger(__name__)
 CHUNK = 1 << 24
@@ -24,7 +26,7 @@ def staged(path: Path, folder: str, beat: Callable[[], None] = lambda: None) -> 
 
     The first process on a node copies it and compares checksums; the others wait for it. A copy that is already there
     is used. `beat` is called all the while: the copy of ImageNet may take longer than a rank may stand still. Raises
-    `ValueError` starting with `data.stage_to=` if it cannot be made.
+    `Mistake` starting with `data.stage_to=` if it cannot be made.
     """
     where = Path(os.path.expandvars(folder))
     # Betons of the same name may come from different folders.
@@ -35,18 +37,17 @@ def staged(path: Path, folder: str, beat: Callable[[], None] = lambda: None) -> 
             if not dest.exists():
                 _copy(path, dest, beat)
     except OSError as error:
-        raise ValueError(f"data.stage_to={where}: {error.strerror or error}") from error
+        raise Mistake(f"data.stage_to={where}: {error.strerror or error}") from error
     return dest
 
 
 def _copy(path: Path, dest: Path, beat: Callable[[], None]) -> None:
     size, free = path.stat().st_size, shutil.disk_usage(dest.parent).free
     if size > free:
-        raise ValueError(f"data.stage_to={dest.parent}: {free / 1e9:.1f} GB free, {path} has {size / 1e9:.1f} GB")
-    partial = dest.with_name(f".{dest.name}.partial")
+        raise Mistake(f"data.stage_to={dest.parent}: {free / 1e9:.1f} GB free, {path} has {size / 1e9:.1f} GB")
     start = said = time.monotonic()
     checksum = done = 0
-    try:
+    with whole(dest) as partial:
         with open(path, "rb") as source, open(partial, "wb") as copy:
             while chunk := source.read(CHUNK):
                 copy.write(chunk)
@@ -60,12 +61,9 @@ def _copy(path: Path, dest: Path, beat: Callable[[], None]) -> None:
                     logger.info(text, path, done / 1e9, size / 1e9, rate / 1e9, left)
             os.fsync(copy.fileno())
         if _checksum(partial, beat) != checksum:
-            raise ValueError(f"data.stage_to={dest.parent}: the copy of {path} differs from it: is the disk sound?")
+            raise Mistake(f"data.stage_to={dest.parent}: the copy of {path} differs from it: is the disk sound?")
         if manifest_path(path).exists():
             shutil.copyfile(manifest_path(path), manifest_path(dest))
-        os.replace(partial, dest)
-    finally:
-        partial.unlink(missing_ok=True)
     logger.info("copied %s to %s in %.0f s", path, dest, time.monotonic() - start)
 
 

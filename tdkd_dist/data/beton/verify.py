@@ -8,6 +8,7 @@ from pathlib import Path
 from tdkd_dist.data.beton.layout import MODE_JPEG, Tables, read_tables
 from tdkd_dist.data.beton.manifest import BetonInfo, check_beton
 from tdkd_dist.data.sources.source import decode_image
+from tdkd_dist.mistakes import Mistake
 
 CHUNK = 256
 
@@ -18,7 +19,7 @@ def verify(
     """What the beton holds, and one line for each sample that is broken.
 
     Every picture is decoded, and with a manifest also compared with the checksum it was written with. Raises
-    `ValueError` for a file that is broken as a whole, as `check_beton` does.
+    `Mistake` for a file that is broken as a whole, as `check_beton` does.
     """
     info = check_beton(path, "--verify")
     classes = None if info.manifest is None else info.manifest.num_classes
@@ -62,7 +63,7 @@ def _find_problem(tables: Tables, index: int, data: bytes, classes: int | None) 
     if picture["mode"] == MODE_JPEG:
         try:
             pixels = decode_image(data, "its JPEG")
-        except ValueError as error:
+        except Mistake as error:
             return str(error)
         if pixels.shape[:2] != (picture["height"], picture["width"]):
             return f"its JPEG has {pixels.shape[:2]} pixels, not {(int(picture['height']), int(picture['width']))}"

@@ -46,6 +46,8 @@ from tdkd_dist.data.beton.manifest import (
 from tdkd_dist.data.crops import uniform_draws
 from tdkd_dist.data.sources.classes import in_teacher_order
 from tdkd_dist.data.sources.source import Image, Source
+from tdkd_dist.files import whole
+from tdkd_dist.mistakes import Mistake
 
 CHUNK = 32
 """Pictures a task: enough to hide the cost of handing it over, few enough that many tasks fit in memory."""
@@ -55,7 +57,7 @@ def up_to_date(source: Source, dest: Path, options: WriteOptions) -> Manifest | 
     """The manifest of `dest` if that is a whole beton written from the same source with the same options, else None."""
     try:
         manifest = check_beton(dest, "DEST").manifest
-    except ValueError:
+    except Mistake:
         return None
     if manifest is None or (manifest.source_kind, manifest.options) != (source.kind, options):
         return None
@@ -72,29 +74,26 @@ def write(
 ) -> Manifest:
     """Write `source` as the beton `dest`, with its manifest; `progress(done, total)` is called now and then.
 
-    The file appears under its name only when it is complete and has been read back. Raises `ValueError` naming the
+    The file appears under its name only when it is complete and has been read back. Raises `Mistake` naming the
     picture that cannot be read, or the file that cannot be written.
     """
     dest, options = Path(dest), options or WriteOptions()
-    partial = dest.with_name(f".{dest.name}.partial")
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w+b") as file:
-            manifest = _write_all(file, source, options, workers, progress or (lambda done, total: None))
-        check_written(partial, manifest)
-        manifest_path(dest).unlink(missing_ok=True)
-        os.replace(partial, dest)
+        with whole(dest) as partial:
+            with open(partial, "w+b") as file:
+                manifest = _write_all(file, source, options, workers, progress or (lambda done, total: None))
+            check_written(partial, manifest)
+            manifest_path(dest).unlink(missing_ok=True)
         save_manifest(manifest, dest)
     except OSError as error:
         hint = "; nothing was written" if error.errno == errno.ENOSPC else ""
-        raise ValueError(f"{dest}: {error.strerror or error}{hint}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise Mistake(f"{dest}: {error.strerror or error}{hint}") from error
     return manifest
 
 
 def check_written(path: Path, manifest: Manifest, most: int = 1000) -> None:
-    """Read the tables back, and at most `most` pictures, against the manifest. Raises `ValueError`."""
+    """Read the tables back, and at most `most` pictures, against the manifest. Raises `Mistake`."""
     tables = read_tables(path)
     compare(manifest, tables, path.stat().st_size)
     spread = np.unique(np.linspace(0, len(tables.samples) - 1, most).astype(np.int64))
@@ -102,7 +101,7 @@ def check_written(path: Path, manifest: Manifest, most: int = 1000) -> None:
     for index in spread:
         ptr, size = tables.place(index)
         if zlib.crc32(pixels[ptr : ptr + size].tobytes()) != tables.checksums[index]:
-            raise ValueError(f"{path}: sample {index} does not read back as it was written: is the disk sound?")
+            raise Mistake(f"{path}: sample {index} does not read back as it was written: is the disk sound?")
 
 
 def choose(labels: NDArray[np.int64], subset: float | None) -> NDArray[np.int64]:
@@ -142,7 +141,7 @@ def _write_all(
     for step, picture in enumerate(_encode_all(source, options, chosen, workers)):
         if picture.error is not None:
             if options.on_error == "stop":
-                raise ValueError(picture.error)
+                raise Mistake(picture.error)
             skipped.append(picture.error)
             continue
         page_left = PAGE_SIZE - end % PAGE_SIZE
@@ -158,7 +157,7 @@ def _write_all(
         done += 1
         progress(step + 1, len(chosen))
     if done == 0:
-        raise ValueError(f"{source.path}: no picture in it could be read" if skipped else f"{source.path}: no pictures")
+        raise Mistake(f"{source.path}: no picture in it could be read" if skipped else f"{source.path}: no pictures")
     table_ptr = -(-end // PAGE_SIZE) * PAGE_SIZE
     header = np.array((VERSION, 2, PAGE_SIZE, done, table_ptr), dtype=HEADER)
     tables = Tables(header, _descriptors(), samples[:done], checksums[:done], allocations[:done])
@@ -236,7 +235,7 @@ def _encode_all(source: Source, options: WriteOptions, chosen: NDArray[np.int64]
         while waiting:
             yield from waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise ValueError("a process that encodes pictures was killed; is there memory for --workers?") from error
+        raise Mistake("a process that encodes pictures was killed; is there memory for --workers?") from error
     finally:
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(threads)
@@ -262,7 +261,7 @@ def _encode(source: Source, options: WriteOptions, index: int) -> _Encoded:
 
     try:
         pixels = _shrink(source.read(index), options.max_side)
-    except ValueError as error:
+    except Mistake as error:
         return _Encoded(index, error=str(error))
     # A hash of the index, not a running generator: the choice must not depend on the number of workers.
     share = 0.0 if source.lossless else options.jpeg_share

@@ -5,16 +5,17 @@ from pathlib import Path
 from tdkd_dist.data.sources import archives, arrays
 from tdkd_dist.data.sources.folder import FolderSource
 from tdkd_dist.data.sources.source import Source
+from tdkd_dist.mistakes import Mistake
 
 
 def open_source(path: Path, split: str | None = None, labels: Path | None = None) -> Source:
     """The reader for whatever lies at `path`; `split` (train or val) says which part of a source that holds both.
 
-    `labels` are the ground truth of pictures that carry none, see `archives.FlatSource`. Raises `ValueError` when
+    `labels` are the ground truth of pictures that carry none, see `archives.FlatSource`. Raises `Mistake` when
     nothing here can read it.
     """
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
+        raise Mistake(f"{path}: no such file or folder")
     if path.is_dir() and split is not None and (path / split).is_dir():
         path = path / split
     for opener in (arrays.open_arrays, archives.open_archive):
@@ -23,4 +24,4 @@ def open_source(path: Path, split: str | None = None, labels: Path | None = None
             return source
     if path.is_dir():
         return FolderSource(path)
-    raise ValueError(f"{path}: neither pictures in class folders, tar, parquet, idx nor CIFAR files")
+    raise Mistake(f"{path}: neither pictures in class folders, tar, parquet, idx nor CIFAR files")

@@ -18,6 +18,7 @@ from tdkd_dist.data.sources.classes import synsets_of
 from tdkd_dist.data.sources.ground_truth import find_truth, read_truth
 from tdkd_dist.data.sources.parquet import ParquetSource
 from tdkd_dist.data.sources.source import IMAGE_SUFFIXES, Image, Source, decode_image, fingerprint, of_split, one_line
+from tdkd_dist.mistakes import Mistake
 
 PREFIXES = {
     "train": ("train", "ILSVRC2012_img_train", "imagenet1k-train"),
@@ -36,7 +37,7 @@ def open_archive(path: Path, split: str | None, labels: Path | None) -> Source |
         if found:
             chosen = of_split(found, split, PREFIXES) if path.is_dir() else found
             if not chosen:
-                raise ValueError(f"{path}: no {suffix} file for --split {split}")
+                raise Mistake(f"{path}: no {suffix} file for --split {split}")
             return ParquetSource(path, chosen) if suffix == ".parquet" else _open_tars(path, chosen, labels)
     if labels is not None and any(p.name.lower().endswith(IMAGE_SUFFIXES) for p in files):
         return FlatSource(path, labels)
@@ -51,9 +52,7 @@ def _open_tars(path: Path, files: list[Path], labels: Path | None) -> Source:
         return WebDatasetSource(path, files)
     if len(files) == 1:
         return FlatSource(files[0], labels)
-    raise ValueError(
-        f"{path}: {len(files)} tars, but neither WebDataset shards nor ILSVRC2012's; say --split, or which"
-    )
+    raise Mistake(f"{path}: {len(files)} tars, but neither WebDataset shards nor ILSVRC2012's; say --split, or which")
 
 
 @dataclass
@@ -67,9 +66,9 @@ class Index:
     names: list[str] = field(default_factory=list)
 
     def add(self, file: int, offset: int, size: int, name: str) -> None:
-        """One more picture. Raises `ValueError` if it would lie beyond the file's end."""
+        """One more picture. Raises `Mistake` if it would lie beyond the file's end."""
         if offset + size > os.stat(self.files[file]).st_size:
-            raise ValueError(f"{self.files[file]}: truncated at {name}")
+            raise Mistake(f"{self.files[file]}: truncated at {name}")
         for column, value in zip(
             (self.file, self.offset, self.size, self.names), (file, offset, size, name), strict=True
         ):
@@ -130,12 +129,12 @@ class NestedTarSource(EncodedSource):
         for file, outer in enumerate(self.files):
             for inner in _members(outer):
                 if not inner.name.endswith(".tar"):
-                    raise ValueError(f"{outer}: {inner.name} among the class tars is not a tar")
+                    raise Mistake(f"{outer}: {inner.name} among the class tars is not a tar")
                 before = len(index.names)
                 for picture in _members(outer, inner):
                     index.add(file, inner.offset_data + picture.offset_data, picture.size, picture.name)
                 if len(index.names) == before:
-                    raise ValueError(f"{outer}: {inner.name} holds no pictures")
+                    raise Mistake(f"{outer}: {inner.name} holds no pictures")
                 synsets += [Path(inner.name).stem] * (len(index.names) - before)
         names = sorted(set(synsets))
         return index, _positions(synsets, names), names
@@ -200,7 +199,7 @@ def _members(path: Path, inside: tarfile.TarInfo | None = None) -> Iterator[tarf
                 with tarfile.open(fileobj=tar.extractfile(inside), mode="r:") as nested:
                     yield from _files(nested)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{path}{f'/{inside.name}' if inside else ''}: {one_line(error)}") from error
+        raise Mistake(f"{path}{f'/{inside.name}' if inside else ''}: {one_line(error)}") from error
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -238,7 +237,7 @@ def _read_label(shard: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> tup
         label = int(content["cls"]) if "cls" in content else int(described["label"])
         return label, described.get("filename")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{shard}/{key}: no label in it") from error
+        raise Mistake(f"{shard}/{key}: no label in it") from error
 
 
 def _positions(values: Sequence[str], ordered: Sequence[str]) -> NDArray[np.int64]:

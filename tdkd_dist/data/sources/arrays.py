@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdkd_dist.data.sources.source import Image, of_split, one_line
+from tdkd_dist.mistakes import Mistake
 
 IDX_PREFIXES = {"train": ("train",), "val": ("t10k", "test", "val")}
 CIFAR_SIDE = 32
@@ -29,7 +30,7 @@ class ArraySource:
         self.kind, self.path = kind, path
         self.images, self.labels, self.class_names = images, labels, names
         if len(images) != len(labels):
-            raise ValueError(f"{path}: {len(images)} pictures but {len(labels)} labels")
+            raise Mistake(f"{path}: {len(images)} pictures but {len(labels)} labels")
 
     def name(self, index: int) -> str:
         """The file and the position in it."""
@@ -46,7 +47,7 @@ class ArraySource:
 
 
 def open_arrays(path: Path, split: str | None, labels: Path | None) -> ArraySource | None:
-    """The idx or CIFAR source at `path`, None if there is none. Raises `ValueError` if there is a broken one."""
+    """The idx or CIFAR source at `path`, None if there is none. Raises `Mistake` if there is a broken one."""
     names = [p.name for p in path.iterdir()] if path.is_dir() else [path.name]
     if any("images-idx3" in name for name in names):
         return _open_idx(_find_idx(path, split) if path.is_dir() else path)
@@ -59,14 +60,14 @@ def _find_idx(folder: Path, split: str | None) -> Path:
     if len(found) != 1:
         names = ", ".join(p.name for p in found) or "none"
         hint = "; say --split train or --split val" if split is None else ""
-        raise ValueError(f"{folder}: expected one idx image file, found {names}{hint}")
+        raise Mistake(f"{folder}: expected one idx image file, found {names}{hint}")
     return found[0]
 
 
 def _open_idx(path: Path) -> ArraySource:
     label_path = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
     if not label_path.is_file():
-        raise ValueError(f"{path}: no label file {label_path.name} beside it")
+        raise Mistake(f"{path}: no label file {label_path.name} beside it")
     return ArraySource("idx", path, _read_idx(path, 3), _read_idx(label_path, 1).astype(np.int64), None)
 
 
@@ -76,13 +77,13 @@ def _read_idx(path: Path, dimensions: int) -> Image:
         with opener(path, "rb") as file:
             content = file.read()
     except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: {one_line(error)}") from error
+        raise Mistake(f"{path}: {one_line(error)}") from error
     head = 4 + 4 * dimensions
     if len(content) < head or content[:4] != bytes([0, 0, 8, dimensions]):
-        raise ValueError(f"{path}: not an idx file of bytes with {dimensions} dimensions")
+        raise Mistake(f"{path}: not an idx file of bytes with {dimensions} dimensions")
     shape = np.frombuffer(content, dtype=">u4", count=dimensions, offset=4).astype(np.int64)
     if len(content) != head + shape.prod():
-        raise ValueError(f"{path}: {len(content)} bytes, but its header promises {head + shape.prod()}")
+        raise Mistake(f"{path}: {len(content)} bytes, but its header promises {head + shape.prod()}")
     return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape)
 
 
@@ -99,9 +100,9 @@ def _cifar_members(path: Path) -> dict[str, bytes] | None:
             content = {name: tar.extractfile(m) for name, m in members.items() if _is_cifar(name)}
             files_read = {name: file.read() for name, file in content.items() if file is not None}
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: {one_line(error)}") from error
+        raise Mistake(f"{path}: {one_line(error)}") from error
     if not _is_whole(files_read):
-        raise ValueError(f"{path}: no CIFAR data in it")
+        raise Mistake(f"{path}: no CIFAR data in it")
     return files_read
 
 
@@ -118,14 +119,14 @@ def _is_whole(files: Any) -> bool:
 
 def _open_cifar(path: Path, files: dict[str, bytes], split: str | None) -> ArraySource:
     if split is None:
-        raise ValueError(f"{path}: holds both parts; say --split train or --split val")
+        raise Mistake(f"{path}: holds both parts; say --split train or --split val")
     ten = "data_batch_1" in files or "data_batch_1.bin" in files
     train = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
     parts = train if split == "train" else ["test_batch" if ten else "test"]
     binary = "data_batch_1.bin" in files or "train.bin" in files
     missing = [p for p in parts if (f"{p}.bin" if binary else p) not in files]
     if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} is missing")
+        raise Mistake(f"{path}: {', '.join(missing)} is missing")
     if binary:
         read = [_read_cifar_binary(path, files[f"{p}.bin"], label_bytes=1 if ten else 2) for p in parts]
         text = files.get("batches.meta.txt" if ten else "fine_label_names.txt", b"").decode()
@@ -142,7 +143,7 @@ def _open_cifar(path: Path, files: dict[str, bytes], split: str | None) -> Array
 def _read_cifar_binary(path: Path, content: bytes, label_bytes: int) -> tuple[Image, NDArray[np.int64]]:
     record = label_bytes + 3 * CIFAR_SIDE**2
     if len(content) == 0 or len(content) % record:
-        raise ValueError(f"{path}: {len(content)} bytes are not a whole number of {record}-byte records")
+        raise Mistake(f"{path}: {len(content)} bytes are not a whole number of {record}-byte records")
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)
     return records[:, label_bytes:], records[:, label_bytes - 1].astype(np.int64)
 
@@ -152,7 +153,7 @@ def _read_cifar_pickle(path: Path, content: bytes) -> tuple[Image, NDArray[np.in
     labels = batch.get(b"fine_labels", batch.get(b"labels"))
     data = batch.get(b"data")
     if labels is None or not isinstance(data, np.ndarray) or data.dtype != np.uint8:
-        raise ValueError(f"{path}: no CIFAR batch")
+        raise Mistake(f"{path}: no CIFAR batch")
     return data.reshape(-1, 3 * CIFAR_SIDE**2), np.asarray(labels, dtype=np.int64)
 
 
@@ -177,7 +178,7 @@ def _unpickle(path: Path, content: bytes) -> dict[bytes, Any]:
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:
-        raise ValueError(f"{path}: not a CIFAR batch: {one_line(error)}") from error
+        raise Mistake(f"{path}: not a CIFAR batch: {one_line(error)}") from error
     if not isinstance(batch, dict):
-        raise ValueError(f"{path}: not a CIFAR batch")
+        raise Mistake(f"{path}: not a CIFAR batch")
     return batch

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdkd_dist.data.sources.source import Image, Source
+from tdkd_dist.mistakes import Mistake
 
 SYNSET = re.compile(r"n\d{8}")
 
@@ -35,11 +36,11 @@ def teacher_order(names: Sequence[str] | None) -> list[str] | None:
 
 
 def check_order(names: Sequence[str] | None, key: str) -> None:
-    """Raise `ValueError` starting with `key` if `names` are ImageNet-1k's synsets in another order than timm's."""
+    """Raise `Mistake` starting with `key` if `names` are ImageNet-1k's synsets in another order than timm's."""
     order = teacher_order(names)
     if order is not None and names is not None and list(names) != order:
         at = next(i for i, (name, right) in enumerate(zip(names, order, strict=True)) if name != right)
-        raise ValueError(f"{key}: its class {at} is {names[at]}, but the teacher's is {order[at]}: write it again")
+        raise Mistake(f"{key}: its class {at} is {names[at]}, but the teacher's is {order[at]}: write it again")
 
 
 def in_teacher_order(source: Source) -> Source:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdkd_dist.data.sources.source import IMAGE_SUFFIXES, Image, decode_image
+from tdkd_dist.mistakes import Mistake
 
 
 def class_folders(root: Path) -> list[str]:
@@ -24,16 +25,16 @@ class FolderSource:
     def __init__(self, root: Path):
         self.path = root
         if not root.is_dir():
-            raise ValueError(f"{root}: no such folder")
+            raise Mistake(f"{root}: no such folder")
         self.class_names = class_folders(root)
         if not self.class_names:
-            raise ValueError(f"{root}: no class folders in it")
+            raise Mistake(f"{root}: no class folders in it")
         self._files: list[str] = []
         labels: list[int] = []
         for label, name in enumerate(self.class_names):
             files = _image_files(root / name)
             if not files:
-                raise ValueError(f"{root / name}: no pictures in this class folder; remove it or fill it")
+                raise Mistake(f"{root / name}: no pictures in this class folder; remove it or fill it")
             self._files += [f"{name}/{file}" for file in files]
             labels += [label] * len(files)
         self._labels = np.array(labels, dtype=np.int64)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tdkd_dist.data.sources.classes import synsets_of
 from tdkd_dist.data.sources.source import Image, decode_image, fingerprint, one_line
+from tdkd_dist.mistakes import Mistake
 
 
 class ParquetSource:
@@ -84,13 +85,13 @@ def _parquet(file: Path) -> Any:
         pyarrow = import_module("pyarrow")
         parquet_file = import_module("pyarrow.parquet").ParquetFile
     except ImportError as error:
-        raise ValueError(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from error
+        raise Mistake(f"{file}: reading parquet needs pyarrow: pip install pyarrow") from error
     try:
         parquet = parquet_file(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: {one_line(error)}") from error
+        raise Mistake(f"{file}: {one_line(error)}") from error
     if "label" not in parquet.schema_arrow.names or "image" not in parquet.schema_arrow.names:
-        raise ValueError(f"{file}: its columns are {', '.join(parquet.schema_arrow.names)}; image and label are needed")
+        raise Mistake(f"{file}: its columns are {', '.join(parquet.schema_arrow.names)}; image and label are needed")
     return parquet
 
 

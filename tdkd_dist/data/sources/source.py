@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tdkd_dist.mistakes import Mistake
+
 Image = NDArray[np.uint8]
 
 FINGERPRINT = 1 << 20
@@ -40,7 +42,7 @@ class Source(Protocol):
         ...
 
     def read(self, index: int) -> Image:
-        """Picture `index`, [H, W, 3]. Raises `ValueError`, naming it, when it cannot be decoded."""
+        """Picture `index`, [H, W, 3]. Raises `Mistake`, naming it, when it cannot be decoded."""
         ...
 
     def signature(self) -> str:
@@ -56,7 +58,7 @@ def of_split(found: Sequence[Path], split: str | None, prefixes: Mapping[str, tu
 
 
 def decode_image(data: bytes | Path, name: str) -> Image:
-    """An encoded picture as RGB, [H, W, 3]; grey, palette and CMYK are converted. `ValueError` if it is broken."""
+    """An encoded picture as RGB, [H, W, 3]; grey, palette and CMYK are converted. `Mistake` if it is broken."""
     import io
 
     from PIL import Image as Pillow
@@ -65,7 +67,7 @@ def decode_image(data: bytes | Path, name: str) -> Image:
         with Pillow.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
-        raise ValueError(f"{name}: not a readable picture: {one_line(error)}") from error
+        raise Mistake(f"{name}: not a readable picture: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
