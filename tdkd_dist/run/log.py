@@ -4,7 +4,6 @@ import logging
 import math
 from pathlib import Path
 
-from tdkd_dist import distributed
 from tdkd_dist.files import append_text
 
 PROGRESS_PREFIX = "  step "
@@ -12,14 +11,14 @@ PROGRESS_PREFIX = "  step "
 
 
 class Log:
-    """`say` appends lines to the run's log on rank 0 and is silent on the others."""
+    """`say` appends lines to the run's log if this rank `speaks`."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path if distributed.rank() == 0 else None
+    def __init__(self, path: Path, *, speaks: bool = True) -> None:
+        self._path, self.speaks = path, speaks
 
     def say(self, text: str) -> None:
         """Append one or more lines."""
-        if self._path is not None:
+        if self.speaks:
             append_text(self._path, text.rstrip("\n") + "\n")
 
     def take_over_logging(self) -> None:

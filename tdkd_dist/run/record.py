@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist import distributed
 from tdkd_dist.config import Config, flatten
 from tdkd_dist.files import append_text, write_text
 from tdkd_dist.run.folder import RunFolder
@@ -14,12 +13,12 @@ from tdkd_dist.run.log import Log
 
 
 class Record:
-    """`metrics.jsonl` and W&B, written by rank 0. Trouble with W&B is reported once and never stops the run."""
+    """`metrics.jsonl` and W&B, if this rank speaks. Trouble with W&B is told once and never stops the run."""
 
     def __init__(self, folder: RunFolder, config: Config, log: Log, *, wandb_id: str | None, global_step: int) -> None:
         self._log = log
         self._folder = folder
-        self._active = distributed.rank() == 0
+        self._active = log.speaks
         self._wandb: Any = None
         self._unwritten = ""
         """Rows that a full disk would not take yet."""

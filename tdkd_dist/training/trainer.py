@@ -43,7 +43,7 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
     """
     # Crops keep their size for epochs, so that finding the fastest convolutions pays; a no-op on a CPU.
     torch.backends.cudnn.benchmark = True
-    log = Log(folder.log_file)
+    log = Log(folder.log_file, speaks=place.rank == 0)
     log.take_over_logging()
     opening = partial(heartbeat.beat, "opening data", 0)
     opening()
