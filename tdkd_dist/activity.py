@@ -89,8 +89,8 @@ class ActivityMeter:
     def summary(self) -> dict[str, Any] | None:
         """What was counted on all ranks, or None if nothing was; every rank must call it.
 
-        - `firing_rate_t1`, ...: spikes a neuron at step t, over all neurons; `synops_t1`, ...: accumulates and
-          `macs_t1`, ...: multiply-accumulates an image up to t; `energy_mj_t1`, ...: their energy in mJ an image.
+        - Lists over t: `firing_rate`, spikes a neuron at step t, over all neurons; `synops`, accumulates, and `macs`,
+          multiply-accumulates an image up to t; `energy_mj`, their energy in mJ an image.
         - `macs_relu`, `energy_mj_relu`: one pass of the ReLU network of the same shape.
         - `firing_rates`, `block_outputs`, `block_nonzero`: for each layer, a list over t. A block's output is its mean
           value, which may exceed 1, and the share that is not 0.
@@ -112,7 +112,7 @@ class ActivityMeter:
             ("macs", macs_T),
             ("energy_mj", energy_mj(synops_T, macs_T)),
         ):
-            row |= {f"{name}_t{t}": value for t, value in enumerate(values_T.tolist(), start=1)}
+            row[name] = values_T.tolist()
         row["energy_mj_relu"] = energy_mj(0.0, dense)
         row["firing_rates"] = dict(zip(self._neurons, (spikes[..., 0] / spikes[..., 1]).tolist(), strict=True))
         row["block_outputs"] = dict(zip(self._blocks, (outputs[..., 0] / outputs[..., 2]).tolist(), strict=True))

@@ -116,7 +116,7 @@ class TemporalDistillationLoss(nn.Module):
     def _cross_entropy(self, log_probs_SBK: Tensor, labels: Tensor) -> Tensor:
         S, _, K = log_probs_SBK.shape
         smoothing = self.label_smoothing
-        if labels.ndim == 1:
+        if are_classes(labels):
             nll = F.nll_loss(log_probs_SBK.flatten(0, 1), labels.repeat(S))
             return nll if smoothing == 0 else (1 - smoothing) * nll - smoothing * log_probs_SBK.mean()
         return -(((1 - smoothing) * labels + smoothing / K) * log_probs_SBK).sum(-1).mean()
@@ -124,8 +124,7 @@ class TemporalDistillationLoss(nn.Module):
     def _self_target(self, z_TBK: Tensor, labels: Tensor) -> Tensor:
         if self.self_target == "ensemble":
             return z_TBK.mean(0)
-        classes_B = labels if labels.ndim == 1 else labels.argmax(-1)
-        correct_TB1 = (z_TBK.argmax(-1) == classes_B).unsqueeze(-1)
+        correct_TB1 = (z_TBK.argmax(-1) == as_classes(labels)).unsqueeze(-1)
         # 1e-8 as in the released code: a sample that no timestep gets right has an all-zero target.
         return (z_TBK * correct_TB1).sum(0) / (correct_TB1.sum(0, dtype=z_TBK.dtype) + 1e-8)
 
@@ -135,6 +134,16 @@ class TemporalDistillationLoss(nn.Module):
             log_probs_SBK, target_log_probs_BK.expand_as(log_probs_SBK), log_target=True, reduction="none"
         )
         return self.temperature**2 * per_class_SBK.sum(-1).mean()
+
+
+def are_classes(labels: Tensor) -> bool:
+    """Whether labels are classes `[B]`; else they are probabilities `[B, K]`."""
+    return labels.ndim == 1
+
+
+def as_classes(labels: Tensor) -> Tensor:
+    """`[B]`: classes; of probabilities `[B, K]` the most probable."""
+    return labels if are_classes(labels) else labels.argmax(-1)
 
 
 def ensembles(logits_TBK: Tensor) -> Tensor:

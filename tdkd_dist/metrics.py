@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdkd_dist import distributed
-from tdkd_dist.losses import ensembles
+from tdkd_dist.losses import are_classes, as_classes, ensembles
 from tdkd_dist.mistakes import Mistake
 
 ECE_BINS = 15
@@ -75,7 +75,7 @@ class TimestepCounts:
     def summary(self, num_timesteps: int, device: torch.device) -> dict[str, Any]:
         """The metrics of all ranks' samples; a rank that saw none must call it too. `Mistake` if no rank saw one.
 
-        - `top1_t1`, `top5_t1`, `step_top1_t1` (per cent), `loss_t1`, `confidence_t1`, `ece_t1`, ...: see `update`; ECE
+        - `top1`, `top5`, `step_top1` (per cent), `loss`, `confidence`, `ece`, each a list over t: see `update`; ECE
           is the expected calibration error over 15 equal bins (lo, hi] of the confidence (Guo et al. 2017).
         - `top1_mean`, by which checkpoints are compared: the mean over t of top-1. `samples`: their count.
         - `first_correct_aet`: the mean of the first t at which a sample is right, over those that ever are; an oracle's
@@ -90,9 +90,9 @@ class TimestepCounts:
             raise Mistake("data.val holds no sample")
         row: dict[str, Any] = {}
         for name, scale in (("top1", 100), ("top5", 100), ("step_top1", 100), ("loss", 1), ("confidence", 1)):
-            row |= {f"{name}_t{t}": scale * value / samples for t, value in enumerate(total[name].tolist(), start=1)}
+            row[name] = [scale * value / samples for value in total[name].tolist()]
         gaps_TN = (total["bin_confidence"] - total["bin_correct"]).view(T, ECE_BINS).abs()
-        row |= {f"ece_t{t}": value / samples for t, value in enumerate(gaps_TN.sum(1).tolist(), start=1)}
+        row["ece"] = [value / samples for value in gaps_TN.sum(1).tolist()]
         row["top1_mean"] = 100 * total["top1"].sum().item() / samples / T
         row["samples"] = samples
         timesteps_T = torch.arange(1, T + 1, dtype=torch.float64)
@@ -158,8 +158,7 @@ def ensemble_losses(logits_TBK: Tensor, labels: Tensor) -> Tensor:
     """
     T, B, _ = logits_TBK.shape
     mean_TBK = ensembles(logits_TBK.detach().float())
-    repeated = labels.repeat(T, *[1] * (labels.ndim - 1))
+    repeated = labels.repeat(T) if are_classes(labels) else labels.repeat(T, 1)
     loss_T = F.cross_entropy(mean_TBK.flatten(0, 1), repeated, reduction="none").view(T, B).sum(1)
-    classes_B = labels if labels.ndim == 1 else labels.argmax(-1)
-    correct_T = (mean_TBK.argmax(-1) == classes_B).sum(1)
+    correct_T = (mean_TBK.argmax(-1) == as_classes(labels)).sum(1)
     return torch.stack([loss_T, correct_T, torch.full_like(loss_T, B)]).double()

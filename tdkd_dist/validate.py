@@ -65,6 +65,6 @@ def _energy_of_exits(row: dict[str, Any], activity: dict[str, Any]) -> dict[str,
     for rule in EXIT_RULES:
         curve = row[f"exit_{rule}"]
         shares_GT = torch.tensor(curve["histogram"], dtype=torch.float64) / 100
-        energy_T = torch.tensor([activity[f"energy_mj_t{t}"] for t in range(1, shares_GT.shape[1] + 1)])
+        energy_T = torch.tensor(activity["energy_mj"])
         curves[f"exit_{rule}"] = curve | {"energy_mj": (shares_GT @ energy_T.double()).tolist()}
     return curves

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tdkd_dist.activity import PJ_PER_AC, PJ_PER_MAC, ActivityMeter
+from tdkd_dist.curves import flatten_curves
 from tdkd_dist.neurons import SpikingNeuron
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def measure(model: nn.Module, batches: list[torch.Tensor], max_images: int = 10*
             torch.testing.assert_close(meter.forward(images), expected, rtol=0, atol=0)
     row = meter.summary()
     assert row is not None
-    return row
+    return row | flatten_curves(row)
 
 
 def inputs_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:

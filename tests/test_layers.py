@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = """
-mistakes files distributed
+mistakes files curves distributed
 limits command_line batch_norm losses
 config metrics
 recipe neurons

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from tdkd_dist.curves import flatten_curves
 from tdkd_dist.files import write_json
 from tdkd_dist.metrics import TimestepCounts
 from tdkd_dist.recipe import load_config
@@ -46,7 +47,7 @@ def make_run(
         write_json(folder.validation_file, row)
         at = {"epoch": epoch, "global_step": epoch * 10}
         rows.append(at | {f"train/loss_t{t}": 2.0 / epoch for t in range(1, T + 1)} | {"train/step_ms": 50.0})
-        rows.append(at | {f"val/{k}": v for k, v in row.items() if not isinstance(v, dict)})
+        rows.append(at | flatten_curves(row, "val/"))
     folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if finished:
         write_json(folder.summary_file, {"epochs": EPOCHS, "max_steps": None, "table": "", "figure": ""})

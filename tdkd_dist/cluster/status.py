@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tdkd_dist.cluster import scheduler, slurm
 from tdkd_dist.config import Config
+from tdkd_dist.curves import format_curve, read_curve
 from tdkd_dist.mistakes import Mistake, require
 from tdkd_dist.recipe import read_config
 from tdkd_dist.run.folder import RunFolder
@@ -41,8 +42,7 @@ def describe_run(folder: RunFolder) -> str:
     validated = [row for row in rows if "val/top1_t1" in row]
     if validated:
         row = validated[-1]
-        curve = " ".join(f"{row[f'val/top1_t{t}']:.2f}" for t in range(1, config.eval_timesteps + 1))
-        lines.append(f"top-1 after each timestep, epoch {row['epoch']}: {curve} %")
+        lines.append(f"top-1 after each timestep, epoch {row['epoch']}: {format_curve(read_curve(row, 'val/top1'))} %")
     restarts = count_restarts(job) if job is not None else 0
     if restarts:
         lines.append(f"restarts after a crash: {restarts} of {config.launcher.max_restarts}")

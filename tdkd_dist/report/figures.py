@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tdkd_dist.curves import key_at
 from tdkd_dist.report.runs import Floats, Group
 
 SIZE = (4.6, 3.3)
@@ -89,8 +90,8 @@ def loss_trends(group: Group) -> str | None:
         T = run.config.student.num_timesteps
         colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, T))
         for t in range(1, T + 1):
-            points = [(r["global_step"] * per_step, r[f"train/loss_t{t}"]) for r in rows
-                      if f"train/loss_t{t}" in r]  # fmt: skip
+            key = key_at("train/loss", t)
+            points = [(r["global_step"] * per_step, r[key]) for r in rows if key in r]
             axes.plot(*zip(*points, strict=True), lw=1.2, color=colors[t - 1], label=f"t = {t}")
         axes.set(
             xlabel="epoch" if run.last["epoch"] else "step", ylabel="cross-entropy of the ensemble", title=group.name

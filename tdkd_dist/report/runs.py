@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdkd_dist.config import Config, flatten
+from tdkd_dist.curves import read_curve
 from tdkd_dist.data.beton.manifest import read_manifest
 from tdkd_dist.mistakes import Mistake, require
 from tdkd_dist.recipe import read_config
@@ -60,10 +61,7 @@ class RunData:
 
     def curve(self, metric: str) -> Floats:
         """A metric of the last validation, such as `top1`, after t = 1..T."""
-        values: list[float] = []
-        while (key := f"val/{metric}_t{len(values) + 1}") in self.last:
-            values.append(self.last[key])
-        return np.array(values)
+        return np.array(read_curve(self.last, f"val/{metric}"))
 
     def mean_of(self, key: str) -> float:
         """A training figure averaged over the rows after the first, which pays for compilation; nan if unknown."""

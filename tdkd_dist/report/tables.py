@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tdkd_dist.curves import key_at
 from tdkd_dist.report.runs import Group, PairedDifference, differences, paired_differences, spread
 
 Rows = list[list[str]]
@@ -63,8 +64,8 @@ def full_range_table(groups: Sequence[Group]) -> Rows:
     for group in groups:
         last = [run.last for run in group.runs]
         T = group.curves("top1").shape[1]
-        keys = ("ece_t1", f"ece_t{T}", "first_correct_aet", "never_correct", f"firing_rate_t{T}",
-                "energy_mj_t1", f"energy_mj_t{T}", "energy_mj_relu")  # fmt: skip
+        keys = (key_at("ece", 1), key_at("ece", T), "first_correct_aet", "never_correct", key_at("firing_rate", T),
+                key_at("energy_mj", 1), key_at("energy_mj", T), "energy_mj_relu")  # fmt: skip
         rows.append([group.name, *(_mean([row.get(f"val/{key}", math.nan) for row in last]) for key in keys)])
     return rows
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tdkd_dist.curves import key_at
 from tdkd_dist.report import tables
 from tdkd_dist.report.runs import Group
 
@@ -20,7 +21,7 @@ def build(groups: list[Group], notes: Sequence[str], entity: str, project: str) 
     runset = wr.Runset(name="compared runs", filters=f"Name in [{chosen}]")
 
     def over_epochs(title: str, metric: str) -> Any:
-        keys = [f"{metric}_t{t}" for t in range(1, T + 1)]
+        keys = [key_at(metric, t) for t in range(1, T + 1)]
         return wr.LinePlot(title=title, x="epoch", y=keys)
 
     panels = [

@@ -136,16 +136,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def format_table(row: dict[str, float], num_timesteps: int) -> str:
-    """Accuracy after every timestep, from a validation row, as a text table."""
+def format_table(found: dict[str, Any]) -> str:
+    """Accuracy after every timestep, from what a validation found, as a text table."""
     head = f"{'timesteps':>9}  {'top-1 %':>8}  {'top-5 %':>8}  {'step t alone %':>14}  {'loss':>7}"
     lines = [head, "-" * len(head)]
-    for t in range(1, num_timesteps + 1):
-        lines.append(
-            f"{t:>9}  {row[f'val/top1_t{t}']:>8.2f}  {row[f'val/top5_t{t}']:>8.2f}"
-            f"  {row[f'val/step_top1_t{t}']:>14.2f}  {row[f'val/loss_t{t}']:>7.4f}"
-        )
-    lines.append(f"mean over timesteps: {row['val/top1_mean']:.2f} % of {int(row['val/samples'])} images")
+    columns = zip(found["top1"], found["top5"], found["step_top1"], found["loss"], strict=True)
+    for t, (top1, top5, alone, loss) in enumerate(columns, start=1):
+        lines.append(f"{t:>9}  {top1:>8.2f}  {top5:>8.2f}  {alone:>14.2f}  {loss:>7.4f}")
+    lines.append(f"mean over timesteps: {found['top1_mean']:.2f} % of {int(found['samples'])} images")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdkd_dist import distributed
 from tdkd_dist.config import Config
+from tdkd_dist.curves import flatten_curves
 from tdkd_dist.data.batch import Batch
 from tdkd_dist.losses import LossTerms
 from tdkd_dist.metrics import ensemble_losses
@@ -81,9 +82,10 @@ class TrainMeter:
         terms = dict(zip(LossTerms._fields, (sums[:n] / self._micro_batches / world).tolist(), strict=True))
         row: dict[str, Any] = {"epoch": epoch, "global_step": global_step, "train/loss": terms.pop("total")}
         row |= {f"train/{name}": value for name, value in terms.items() if value or name in ("ce", "kl", "sd")}
-        for t, (loss, correct, samples) in enumerate(sums[n:-1].view(3, -1).T.tolist(), start=1):
-            if samples:
-                row |= {f"train/loss_t{t}": loss / samples, f"train/top1_t{t}": 100 * correct / samples}
+        # Where T is drawn at random, the later timesteps may have been run by no batch.
+        seen = [column for column in sums[n:-1].view(3, -1).T.tolist() if column[2]]
+        curves = {"loss": [c[0] / c[2] for c in seen], "top1": [100 * c[1] / c[2] for c in seen]}
+        row |= flatten_curves(curves, "train/")
         self._record.write(
             row
             | {

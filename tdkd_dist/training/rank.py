@@ -70,20 +70,19 @@ class Run:
             self.heartbeat.beat("validating", k)
             yield batch
 
-    def validate_student(self, model: nn.Module) -> dict[str, float]:
-        """The same of the student, as a row of the record; curves and layers go to `validation.json`."""
+    def validate_student(self, model: nn.Module) -> dict[str, Any]:
+        """The same of the student; all of it, layers and early exits too, goes to `validation.json`."""
         found = self.validate(model, self.config.eval_timesteps)
         if self.place.rank == 0:
             with suppress(OSError):  # a full disk
                 write_json(self.folder.validation_file, found)
-        return {f"val/{key}": value for key, value in found.items() if not isinstance(value, dict)}
+        return found
 
-    def finish(self, record: Record, progress: Progress, row: dict[str, float]) -> None:
+    def finish(self, record: Record, progress: Progress, found: dict[str, Any]) -> None:
         """Table, figure and summary: the outcome."""
-        T = self.config.eval_timesteps
-        top1 = [row[f"val/top1_t{t}"] for t in range(1, T + 1)]
+        top1 = found["top1"]
         record.write_curve(top1)
-        table = format_table(row, T)
+        table = format_table(found)
         self.log.say(table)
         if self.place.rank == 0:
             figure = draw_accuracy_against_timestep(self.folder.figures, {self.config.run.name: top1})
@@ -95,7 +94,7 @@ class Run:
                     "epoch": progress.epoch,
                     "global_step": progress.global_step,
                     "top1": top1,
-                    "best_top1_mean": max(progress.best, row["val/top1_mean"]),
+                    "best_top1_mean": max(progress.best, found["top1_mean"]),
                     "table": table,
                     "figure": str(figure),
                 },

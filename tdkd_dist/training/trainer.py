@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from tdkd_dist import distributed
 from tdkd_dist.config import Config
+from tdkd_dist.curves import flatten_curves, format_curve
 from tdkd_dist.data.loaders import TrainLoader, make_train_loader, make_val_loader
 from tdkd_dist.data.mixing import Mixer
 from tdkd_dist.data.normalise import Normalise
@@ -75,9 +77,9 @@ def _evaluate(parts: Run, student: nn.Module) -> bool:
     student.to(memory_format=torch.channels_last)
     record = Record(parts.folder, parts.config, parts.log, wandb_id=None, global_step=-1)
     try:
-        row = parts.validate_student(student)
-        record.write({"epoch": 0, "global_step": 0, **row})
-        parts.finish(record, Progress(), row)
+        found = parts.validate_student(student)
+        record.write({"epoch": 0, "global_step": 0, **flatten_curves(found, "val/")})
+        parts.finish(record, Progress(), found)
     finally:
         record.close()
     return True
@@ -165,23 +167,23 @@ class Trainer:
         try:
             if self.step.teacher is not None and not self.resumed:
                 self._measure_teacher(self.step.teacher)
-            row: dict[str, float] | None = None
+            found: dict[str, Any] | None = None
             while not self._complete:
                 started = time.monotonic()
                 stop = self._train_epoch()
                 if progress.step_in_epoch == 0 or self._complete:
                     self.step.engine.sync_buffers()
                     if self._complete or progress.epoch % config.eval.every == 0:
-                        row = self._validate(time.monotonic() - started)
+                        found = self._validate(time.monotonic() - started)
                 saved = self._save()
                 if stop and not self._complete:
                     where = "here" if saved else "the last checkpoint"
                     self.parts.log.say(f"stopped at step {progress.global_step}; the same command goes on from {where}")
                     return False
-            if row is None:
-                row = self.parts.validate_student(self.step.engine.deployed)
+            if found is None:
+                found = self.parts.validate_student(self.step.engine.deployed)
             self.parts.save_student(self.parts.folder.student_file, self.step.engine.deployed, progress)
-            self.parts.finish(self.record, progress, row)
+            self.parts.finish(self.record, progress, found)
             return True
         finally:
             self.loader.close()
@@ -254,40 +256,40 @@ class Trainer:
         config = self.parts.config.teacher
         found = self.parts.validate(teacher, 1)
         self.parts.log.say(
-            f"teacher {config.name}: top-1 {found['top1_t1']:.2f} %, cross-entropy {found['loss_t1']:.4f},"
-            f" mean top probability {found['confidence_t1']:.3f} on {int(found['samples'])} images"
+            f"teacher {config.name}: top-1 {found['top1'][0]:.2f} %, cross-entropy {found['loss'][0]:.4f},"
+            f" mean top probability {found['confidence'][0]:.3f} on {int(found['samples'])} images"
         )
         self.record.write(
             {
                 "epoch": 0,
                 "global_step": 0,
-                "teacher/top1": found["top1_t1"],
-                "teacher/top5": found["top5_t1"],
-                "teacher/cross_entropy": found["loss_t1"],
-                "teacher/confidence": found["confidence_t1"],
-                "teacher/ece": found["ece_t1"],
+                "teacher/top1": found["top1"][0],
+                "teacher/top5": found["top5"][0],
+                "teacher/cross_entropy": found["loss"][0],
+                "teacher/confidence": found["confidence"][0],
+                "teacher/ece": found["ece"][0],
             }
         )
-        if found["top1_t1"] < config.min_top1:
+        if found["top1"][0] < config.min_top1:
             raise Mistake(
-                f"teacher.min_top1={config.min_top1}: teacher {config.name} reaches {found['top1_t1']:.2f} % on"
+                f"teacher.min_top1={config.min_top1}: teacher {config.name} reaches {found['top1'][0]:.2f} % on"
                 " data.val; check its weights, the order of the classes and data.image_size"
             )
 
-    def _validate(self, seconds: float) -> dict[str, float]:
+    def _validate(self, seconds: float) -> dict[str, Any]:
         progress, parts = self.progress, self.parts
-        row = parts.validate_student(self.step.engine.deployed)
-        self.record.write({"epoch": progress.epoch, "global_step": progress.global_step, **row})
-        curve = " ".join(f"{row[f'val/top1_t{t}']:.2f}" for t in range(1, parts.config.eval_timesteps + 1))
+        found = parts.validate_student(self.step.engine.deployed)
+        at = {"epoch": progress.epoch, "global_step": progress.global_step}
+        self.record.write(at | flatten_curves(found, "val/"))
         parts.log.say(
             f"epoch {progress.epoch}/{parts.config.train.epochs}, step {progress.global_step}:"
-            f" top-1 after each timestep {curve} % ({format_seconds(seconds)})"
+            f" top-1 after each timestep {format_curve(found['top1'])} % ({format_seconds(seconds)})"
         )
-        if row["val/top1_mean"] > progress.best:
-            progress.best = row["val/top1_mean"]
+        if found["top1_mean"] > progress.best:
+            progress.best = found["top1_mean"]
             self._is_best = True
             parts.save_student(parts.folder.best_student_file, self.step.engine.deployed, progress)
-        return row
+        return found
 
     def _save(self) -> bool:
         """A checkpoint, on all ranks together; whether it stands."""

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from torch import nn
 
 from tdkd_dist.config import DataConfig
+from tdkd_dist.curves import flatten_curves
 from tdkd_dist.data.beton.writing import write
 from tdkd_dist.data.loaders import make_val_loader
 from tdkd_dist.data.normalise import Normalise
@@ -47,7 +48,7 @@ def count(rank: int, world_size: int, beton: Path, out: Path) -> None:
     loader = make_val_loader(data, batch_size=32, rank=rank, world_size=world_size, device=device, workers=1)
     row = validate(Fixed(), loader, Normalise(data.mean, data.std), num_timesteps=TIMESTEPS, device=device)
     if rank == 0:
-        out.write_text(json.dumps(row))
+        out.write_text(json.dumps({**flatten_curves(row), **{k: v for k, v in row.items() if isinstance(v, dict)}}))
 
 
 @pytest.mark.slow
