@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tdkd_dist.config import DataConfig
+from tdkd_dist.data.beton.writing import write
+from tdkd_dist.data.loaders import make_val_loader
 from tdkd_dist.data.sources import open_source
-from tdkd_dist.data.sources.classes import check_order, in_teacher_order
+from tdkd_dist.data.sources.classes import InTeacherOrder, check_order
 from tdkd_dist.data.sources.source import Source
 
 SYNSETS = ["n01440764", "n01443537", "n02123045"]
@@ -331,13 +335,38 @@ def test_imagenet_classes_get_timms_order() -> None:
 
     right = list(ImageNetInfo("imagenet-1k").label_names())
     wrong = [right[i] for i in np.random.default_rng(0).permutation(1000)]
-    ordered = in_teacher_order(Thousand(wrong))
+    ordered = InTeacherOrder(Thousand(wrong))
     assert ordered.class_names == right
     assert [right[label] for label in ordered.labels] == wrong
     untouched = Thousand(right)
-    assert in_teacher_order(untouched) is untouched
+    assert InTeacherOrder(untouched).labels is untouched.labels
     check_order(right, "data.train")
     check_order(["cat", "dog"], "data.train")
     check_order(None, "data.train")
     with pytest.raises(ValueError, match=r"data.train: its class \d+ is n"):
         check_order(wrong, "data.train")
+
+
+def test_a_reader_of_pictures_numbers_the_classes_as_write_beton_does(tmp_path: Path) -> None:
+    """WebDataset shards in an order of their own, once through a beton and once picture by picture."""
+    from timm.data import ImageNetInfo
+
+    right = list(ImageNetInfo("imagenet-1k").label_names())
+    given = np.random.default_rng(0).permutation(1000)
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for label, at in enumerate(given):
+            for suffix, content in (("png", picture.getvalue()), ("cls", b"%d" % label)):
+                member = tarfile.TarInfo(f"{right[at]}_{label}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    source = open_source(tmp_path / "val.tar", "val")
+    assert [right[label] for label in source.labels] == [right[at] for at in given]
+    written = write(source, tmp_path / "val.beton")
+    assert written.class_names == right
+    common = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "workers": 1, "batch_size": 500}
+    data = DataConfig(val=str(tmp_path / "val.tar"), format="imagefolder", image_size=4)
+    loader = make_val_loader(data, **common)
+    assert torch.cat([labels.clone() for _, labels in loader]).tolist() == given.tolist()
+    loader.close()

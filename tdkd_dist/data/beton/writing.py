@@ -44,7 +44,6 @@ from tdkd_dist.data.beton.manifest import (
     save_manifest,
 )
 from tdkd_dist.data.crops import uniform_draws
-from tdkd_dist.data.sources.classes import in_teacher_order
 from tdkd_dist.data.sources.source import Image, Source
 from tdkd_dist.files import whole
 from tdkd_dist.mistakes import Mistake
@@ -131,7 +130,6 @@ class _Encoded:
 def _write_all(
     file: IO[bytes], source: Source, options: WriteOptions, workers: int, progress: Callable[[int, int], None]
 ) -> Manifest:
-    source = in_teacher_order(source)
     chosen = choose(source.labels, options.subset)
     samples = np.zeros(len(chosen), dtype=SAMPLE)
     checksums = np.zeros(len(chosen), dtype="<u4")

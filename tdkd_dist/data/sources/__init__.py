@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tdkd_dist.data.sources import archives, arrays
+from tdkd_dist.data.sources.classes import InTeacherOrder
 from tdkd_dist.data.sources.folder import FolderSource
 from tdkd_dist.data.sources.source import Source
 from tdkd_dist.mistakes import Mistake
@@ -11,6 +12,7 @@ from tdkd_dist.mistakes import Mistake
 def open_source(path: Path, split: str | None = None, labels: Path | None = None) -> Source:
     """The reader for whatever lies at `path`; `split` (train or val) says which part of a source that holds both.
 
+    ImageNet-1k's classes are numbered as timm's teachers number them, whatever the source's own order.
     `labels` are the ground truth of pictures that carry none, see `archives.FlatSource`. Raises `Mistake` when
     nothing here can read it.
     """
@@ -21,7 +23,7 @@ def open_source(path: Path, split: str | None = None, labels: Path | None = None
     for opener in (arrays.open_arrays, archives.open_archive):
         source = opener(path, split, labels)
         if source is not None:
-            return source
+            return InTeacherOrder(source)
     if path.is_dir():
-        return FolderSource(path)
+        return FolderSource(path)  # its order is that of the sorted names, and so is timm's
     raise Mistake(f"{path}: neither pictures in class folders, tar, parquet, idx nor CIFAR files")

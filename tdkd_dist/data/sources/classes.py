@@ -5,6 +5,7 @@ timm's ImageNet-1k order is that of the sorted synsets.
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,22 +44,29 @@ def check_order(names: Sequence[str] | None, key: str) -> None:
         raise Mistake(f"{key}: its class {at} is {names[at]}, but the teacher's is {order[at]}: write it again")
 
 
-def in_teacher_order(source: Source) -> Source:
-    """The source itself, or with its labels renumbered if it has ImageNet-1k's classes in another order than timm's."""
-    order = teacher_order(source.class_names)
-    if order is None or source.class_names is None or order == list(source.class_names):
-        return source
-    at = {name: label for label, name in enumerate(order)}
-    return Relabelled(source, np.array([at[name] for name in source.class_names]), order)
+class InTeacherOrder:
+    """A source, with its labels renumbered if it has ImageNet-1k's classes in another order than timm's.
 
+    Nothing is read before it is asked for: to know the classes may mean passing through 150 GB of headers.
+    """
 
-class Relabelled:
-    """A source whose label `i` becomes `new[i]`."""
-
-    def __init__(self, source: Source, new: NDArray[np.int64], class_names: list[str]):
-        self.source, self.class_names = source, class_names
+    def __init__(self, source: Source):
+        self.source = source
         self.kind, self.path, self.lossless = source.kind, source.path, source.lossless
-        self.labels = new[source.labels]
+
+    @cached_property
+    def class_names(self) -> Sequence[str] | None:
+        """A name for each label, where the source has them."""
+        return teacher_order(self.source.class_names) or self.source.class_names
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """The label of every picture, [N]."""
+        names, order = self.source.class_names, self.class_names
+        if names is None or order is None or list(names) == list(order):
+            return self.source.labels
+        at = {name: label for label, name in enumerate(order)}
+        return np.array([at[name] for name in names], dtype=np.int64)[self.source.labels]
 
     def name(self, index: int) -> str:
         """What to call picture `index` in a message."""
