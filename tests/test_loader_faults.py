@@ -271,7 +271,7 @@ SLOW_COPY = """
 import sys, time, zlib
 from functools import partial
 from pathlib import Path
-from tdkd_dist.data import staging
+from tdkd_dist.data.beton import staging
 from tdkd_dist.run.heartbeat import Heartbeat
 
 def slow(chunk, checksum, crc32=zlib.crc32):

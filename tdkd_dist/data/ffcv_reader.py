@@ -49,6 +49,7 @@ class FfcvReader:
     """Reads any order of samples from the beton `path`, in batches."""
 
     def __init__(self, path: Path, *, batch_size: int, rule: CropRule, workers: int, device: torch.device):
+        _import_ffcv()
         from ffcv.fields.decoders import IntDecoder
         from ffcv.loader import Loader, OrderOption
         from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
@@ -109,6 +110,19 @@ class FfcvReader:
             return self.rule.plan(epoch, indices_B, chosen["height"].astype(np.int64), chosen["width"].astype(np.int64))
 
         return plan
+
+
+def _import_ffcv() -> None:
+    """Import FFCV without the 6 s that numba takes to compile dictionaries of its own, of which FFCV fills one with two
+    numbers and reads them in Python.
+    """
+    import numba.typed
+
+    own, numba.typed.Dict = numba.typed.Dict, dict
+    try:
+        import ffcv.fields.rgb_image  # noqa: F401
+    finally:
+        numba.typed.Dict = own
 
 
 _workers_compiled_for: int | None = None
