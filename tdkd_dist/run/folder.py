@@ -20,7 +20,6 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,84 +34,37 @@ MAY_DIFFER = ("train.epochs", "train.max_steps", "train.save_", "train.keep_", "
 PACKAGES = ("torch", "timm", "deepspeed", "ffcv", "submitit", "wandb", "numpy", "safetensors", "tdkd-dist")
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run, and what is read from and written to them whole."""
+    """Paths of one run, see above, and what is read from and written to them whole."""
 
-    path: Path
-
-    @property
-    def config_file(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        """The record, one JSON object a row."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log_file(self) -> Path:
-        """What rank 0 said."""
-        return self.path / "log.txt"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Whole states, to resume from."""
-        return self.path / "checkpoints"
-
-    @property
-    def figures(self) -> Path:
-        """Pictures."""
-        return self.path / "figures"
-
-    @property
-    def jobs(self) -> Path:
-        """submitit's pickles, and each rank's own output."""
-        return self.path / "submitit"
-
-    @property
-    def skipped_file(self) -> Path:
-        """The samples of steps that were skipped."""
-        return self.path / "skipped.jsonl"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.log_file = path / "log.txt"
+        self.metrics_file = path / "metrics.jsonl"
+        self.validation_file = path / "validation.json"
+        self.checkpoints = path / "checkpoints"
+        self.figures = path / "figures"
+        self.student_file = path / "student.safetensors"
+        self.best_student_file = path / "student_best.safetensors"
+        self.summary_file = path / "summary.json"
+        self.job_file = path / "job.json"
+        self.heartbeat = path / "heartbeat"
+        self.skipped_file = path / "skipped.jsonl"
+        self.jobs = path / "submitit"
 
     def write_job(self, cluster: str, job_id: str, restarts: Path) -> None:
         """Record the job submitted for this run, and the folder in which its restarts are counted."""
         content = {"cluster": cluster, "job_id": job_id, "host": platform.node(), "restarts": str(restarts)}
-        write_json(self.path / "job.json", content)
+        write_json(self.job_file, content)
 
     def read_job(self) -> dict[str, str] | None:
         """What `write_job` recorded; None if there was no job, or it is another machine's process."""
         try:
-            job: dict[str, str] = json.loads((self.path / "job.json").read_text())
+            job: dict[str, str] = json.loads((self.job_file).read_text())
         except (OSError, ValueError):
             return None
         return job if job["cluster"] == "slurm" or job["host"] == platform.node() else None
-
-    @property
-    def heartbeat(self) -> Path:
-        """Every rank's last sign of life."""
-        return self.path / "heartbeat"
-
-    @property
-    def summary_file(self) -> Path:
-        """The outcome of a finished run."""
-        return self.path / "summary.json"
-
-    @property
-    def validation_file(self) -> Path:
-        """The last validation in full: early-exit curves, and firing rates of every layer."""
-        return self.path / "validation.json"
-
-    @property
-    def student_file(self) -> Path:
-        """The last epoch's weights."""
-        return self.path / "student.safetensors"
-
-    @property
-    def best_student_file(self) -> Path:
-        """The weights with the best mean over t of top-1."""
-        return self.path / "student_best.safetensors"
 
     def create(self, config: Config) -> None:
         """Make the folder, or check that it holds the same run.
