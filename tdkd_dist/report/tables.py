@@ -1,6 +1,5 @@
 """The report's tables as rows of text, and rows of text as Markdown, LaTeX or HTML."""
 
-import html
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -117,13 +116,6 @@ def latex(rows: Rows) -> str:
     columns = "l" + "r" * (len(rows[0]) - 1)
     body = "\n".join(lines[1:])
     return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{lines[0]}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}"
-
-
-def as_html(rows: Rows) -> str:
-    """A table that scrolls sideways where the page is narrow."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _difference(d: PairedDifference) -> str:
