@@ -4,18 +4,16 @@ Fields are documented where they are declared; each section checks itself, and `
 sections. A user's mistake is a `Mistake` whose message names the key.
 """
 
-import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from tdkd_dist.limits import Section, limited
 from tdkd_dist.mistakes import Mistakes, require
+from tdkd_dist.neuron_config import NeuronConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SLOPES = {"sigmoid": 4.0, "atan": 2.0, "rectangle": 1.0, "triangle": 1.0}
-"""Each surrogate gradient's default slope."""
 
 
 @dataclass
@@ -102,44 +100,6 @@ class TeacherConfig(Section):
     """Fetch timm's weights when there is no checkpoint; false: random weights, for trying things out."""
     min_top1: float = limited(0.0, "[0, 100]", "per cent")
     """Stop before training if the teacher's top-1 on the validation set, in per cent, is below this."""
-
-
-@dataclass
-class NeuronConfig(Section):
-    """One spiking neuron's constants; every layer of a student shares them.
-
-    Charge: ``v <- v_r + decay * (v - v_r) + x`` with ``v_r = v_reset or 0``; a spike when ``v >= threshold``.
-    Raises `Mistake`, naming the key, for a value outside its range.
-    """
-
-    section: ClassVar[str] = "student.neuron"
-    kind: Literal["if", "lif", "plif"] = "lif"
-    """`if`: no leak (decay 1, whatever `decay` says); `plif`: each layer learns its decay, starting from `decay`."""
-    decay: float = limited(0.5, "[0, 1]")
-    threshold: float = limited(1.0, "> 0")
-    v_reset: float | None = None
-    """None: soft reset (subtract the threshold); a number: hard reset to it."""
-    surrogate: Literal["sigmoid", "atan", "rectangle", "triangle"] = "sigmoid"
-    surrogate_alpha: float | None = limited(None, "> 0")
-    """Slope of the surrogate gradient; None: the surrogate's own default (sigmoid 4, atan 2, the others 1)."""
-    detach_reset: bool = False
-    """Stop the gradient through the spike in the reset."""
-
-    def check_together(self, found: Mistakes) -> None:
-        """What concerns several keys of the section."""
-        found.require(
-            self.kind != "plif" or 0 < self.decay < 1,
-            f"student.neuron.decay={self.decay}: must be in (0, 1) for kind=plif",
-        )
-        found.require(
-            self.v_reset is None or -math.inf < self.v_reset < self.threshold,
-            f"student.neuron.v_reset={self.v_reset}: must be below student.neuron.threshold={self.threshold}",
-        )
-
-    @property
-    def slope(self) -> float:
-        """The surrogate's slope with its default filled in."""
-        return SLOPES[self.surrogate] if self.surrogate_alpha is None else self.surrogate_alpha
 
 
 @dataclass

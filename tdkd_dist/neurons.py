@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tdkd_dist.config import NeuronConfig
+from tdkd_dist.neuron_config import NeuronConfig
 
 __all__ = ["NeuronConfig", "SpikingNeuron"]
 

@@ -9,8 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = """
 mistakes files curves distributed
 limits command_line batch_norm losses
-config metrics
-recipe neurons
+neuron_config metrics
+config neurons
+recipe
 students.base
 students.relu_resnet students.sew_resnet students.ms_resnet students.spiking_resnet
 students
