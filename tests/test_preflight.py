@@ -1,0 +1,58 @@
+"""All that is wrong with a command is told at once, a line each."""
+
+import pytest
+import submit
+
+from tdkd_dist.cluster import preflight
+from tdkd_dist.mistakes import Mistake
+from tdkd_dist.recipe import load_config
+
+WRONG = {
+    "data.train=/none/a.beton": "data.train=/none/a.beton: no such file",
+    "data.val=/none/b.beton": "data.val=/none/b.beton: no such file",
+    "optim.name=sdg": "optim.name=sdg: timm knows ",
+    "student.model=sew_resnet35": "student.model=sew_resnet35: no such model",
+    "teacher.checkpoint=/none/c.pt": "teacher.checkpoint=/none/c.pt: no such file",
+    "data.workers=999": "data.workers=999: only ",
+    "launcher.nodes=2": "launcher.nodes=2: this machine is one",
+}
+
+
+def test_the_first_mistake_hides_no_other(capsys, tmp_path):
+    settings = ["recipe=fashion_sew", "launcher.cluster=local", f"run.dir={tmp_path}/run", *WRONG]
+    assert submit.main(settings) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(WRONG)
+    for start in WRONG.values():
+        assert any(line.startswith(f"error: {start}") for line in lines), start
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_configuration_is_told_key_by_key(capsys):
+    wrong = ["train.btach_size=3", "train.epochs=many", "loss.alpha=-1", "loss.tet=1", "student.neuron.decay=4", "word"]
+    assert submit.main(["recipe=fashion_sew", *wrong]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    keys = ["word", "train.btach_size", "train.epochs", "student.neuron.decay=4.0", "loss.alpha=-1.0", "loss.tet=1.0"]
+    assert [line.split(":")[1].strip() for line in lines] == keys
+
+
+def test_a_sweeps_members_that_differ_in_the_seed_are_checked_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(preflight, "check", lambda config, **_: seen.append(config.run.seed) or preflight.Findings())
+    configs = [load_config("fashion_sew", [f"run.seed={s}", f"loss.beta={b}", f"run.name=x{s}{b}"])
+               for b in (0, 1) for s in range(5)]  # fmt: skip
+    findings = preflight.check_all(configs, cluster="local")
+    assert len(seen) == 2
+    assert len({id(f) for f in findings[:5]}) == len({id(f) for f in findings[5:]}) == 1
+    assert findings[0] is not findings[5]
+
+
+def test_a_sweep_tells_each_mistake_once(monkeypatch):
+    def refuse(config, **_):
+        raise Mistake(f"loss.beta={config.loss.beta}: no\ndata.val=x: no such file")
+
+    monkeypatch.setattr(preflight, "check", refuse)
+    configs = [load_config("fashion_sew", [f"run.seed={s}", f"loss.beta={b}"]) for b in (0, 1) for s in range(3)]
+    with pytest.raises(Mistake) as caught:
+        preflight.check_all(configs, cluster="local")
+    assert caught.value.lines == ["loss.beta=0.0: no", "data.val=x: no such file", "loss.beta=1.0: no"]
