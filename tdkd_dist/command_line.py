@@ -24,6 +24,8 @@ def run_tool(action: Callable[[], int | None], name: str = "error") -> int:
     """Do `action`; its exit status, 0 if it gives none, or 2 for a `Mistake`, told line by line after `name`."""
     try:
         return action() or 0
+    except SystemExit as end:  # argparse's, after --help
+        return int(end.code or 0)
     except Mistake as mistake:
         for line in mistake.lines:
             print(f"{name}: {line}", file=sys.stderr)
