@@ -56,7 +56,7 @@ def list_recipes() -> int:
 
     recipes = list_recipes()
     for name, reaches in recipes.items():
-        print(f"{name:<{max(map(len, recipes))}}  {reaches.removeprefix('Reaches: ')}")
+        print(f"{name:<{max(map(len, recipes))}}  {reaches}")
     return 0
 
 

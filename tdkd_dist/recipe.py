@@ -4,6 +4,7 @@ A recipe lies in `recipes/`; `base:` names the recipe it extends. Whatever is wr
 message names the key or file.
 """
 
+import csv
 import difflib
 import itertools
 import os
@@ -18,15 +19,26 @@ from tdkd_dist.mistakes import Mistake, Mistakes, require
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SITES = RECIPES.parent / "launch" / "sites"
+ACCURACY = RECIPES.parent / "docs" / "results" / "accuracy.csv"
 
 
 def list_recipes() -> dict[str, str]:
-    """Every recipe's name with the figure its header says it reaches (the line that starts with `# Reaches`)."""
-    reaches = {}
-    for path in sorted(RECIPES.rglob("*.yaml")):
-        lines = [line[2:].strip() for line in path.read_text().splitlines() if line.startswith("# Reaches")]
-        reaches[str(path.relative_to(RECIPES).with_suffix(""))] = lines[0] if lines else ""
-    return reaches
+    """Every recipe's name, with what `docs/results/accuracy.csv` says of its accuracy."""
+    with ACCURACY.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = [str(path.relative_to(RECIPES).with_suffix("")) for path in sorted(RECIPES.rglob("*.yaml"))]
+    return {name: _describe_accuracy([row for row in rows if row["recipe"] == name]) for name in names}
+
+
+def _describe_accuracy(rows: list[dict[str, str]]) -> str:
+    """The first measured row in words, or else that there is none, with what is published; "-" is not known."""
+    for row in rows:
+        if row["kind"] == "measured":
+            seeds = "1 seed" if row["seeds"] == "1" else f"{row['seeds']} seeds"
+            upto = "" if row["timesteps"] == "1" else f" at t = 1..{row['timesteps']}"
+            return f"{row['top1']} % top-1{upto} ({seeds}, {row['hardware']})"
+    published = [f"{row['top1'].split()[-1]} % at T = {row['timesteps']}" for row in rows if row["kind"] == "published"]
+    return f"not measured; published: {', '.join(published)}" if published else "not measured"
 
 
 def load_config(recipe: str, overrides: list[str]) -> Config:
