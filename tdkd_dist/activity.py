@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tdkd_dist import distributed
 from tdkd_dist.neurons import SpikingNeuron
-from tdkd_dist.students.base import ResidualBlock, SpikingNet
+from tdkd_dist.students.base import SpikingNet
+from tdkd_dist.students.resnet import ResidualBlock
 
 PJ_PER_MAC, PJ_PER_AC = 4.6, 0.9
 """Energy of a 32-bit floating-point multiply-accumulate and of an accumulate at 45 nm, in pJ (Horowitz, ISSCC 2014)."""
