@@ -33,6 +33,8 @@ Split = Callable[[Tensor], Tensor]
 class ActivityMeter:
     """Counts what a spiking student does with the first images it is given, at most `max_images` on this rank.
 
+    Operations and energy only where they all are in layers that it can count (`SpikingNet.operations_in_layers`).
+
     Every rank must build it for the same student; `summary` adds up all ranks' sums, which are exact.
     """
 
@@ -41,7 +43,8 @@ class ActivityMeter:
         modules = dict(model.named_modules())
         self._neurons = [name for name, m in modules.items() if isinstance(m, SpikingNeuron)]
         self._blocks = [name for name, m in modules.items() if isinstance(m, ResidualBlock)]
-        self._layers = [name for name, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)]
+        layers = [name for name, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)]
+        self._layers = layers if model.operations_in_layers else []
 
         def zeros(names: list[str], columns: int) -> Tensor:
             return torch.zeros(len(names), self._T, columns, dtype=torch.float64, device=device)
@@ -79,10 +82,13 @@ class ActivityMeter:
                 self._hook(hooks, name, partial(self._count_output, i, split))
             for i, name in enumerate(self._layers):
                 self._hook(hooks, name, partial(self._count_operations, i, split))
-            features_TBCHW = self._model.forward_features(images)
-            whole = self._reads_whole("the head", features_TBCHW)
-            self._pooled_TBC = features_TBCHW.sum((3, 4), dtype=torch.float64)[:, :n] if whole else None
-            logits_TBK = self._model.forward_head(features_TBCHW)
+            if self._layers:
+                features_TBCHW = self._model.forward_features(images)
+                whole = self._reads_whole("the head", features_TBCHW)
+                self._pooled_TBC = features_TBCHW.sum((3, 4), dtype=torch.float64)[:, :n] if whole else None
+                logits_TBK = self._model.forward_head(features_TBCHW)
+            else:
+                logits_TBK = self._model.forward(images)
         self._left -= n
         self._images += n
         return logits_TBK
@@ -90,9 +96,10 @@ class ActivityMeter:
     def summary(self) -> dict[str, Any] | None:
         """What was counted on all ranks, or None if nothing was; every rank must call it.
 
-        - `firing_rate_t1`, ...: spikes a neuron at step t, over all neurons; `synops_t1`, ...: accumulates and
-          `macs_t1`, ...: multiply-accumulates an image up to t; `energy_mj_t1`, ...: their energy in mJ an image.
-        - `macs_relu`, `energy_mj_relu`: one pass of the ReLU network of the same shape.
+        - `firing_rate_t1`, ...: spikes a neuron at step t, over all neurons.
+        - `synops_t1`, ...: accumulates and `macs_t1`, ...: multiply-accumulates an image up to t; `energy_mj_t1`, ...:
+          their energy in mJ an image; `macs_relu`, `energy_mj_relu`: one pass of the ReLU network of the same shape.
+          None of these where they could not all be counted.
         - `firing_rates`, `block_outputs`, `block_nonzero`: for each layer, a list over t. A block's output is its mean
           value, which may exceed 1, and the share that is not 0.
         - `activity_images`: how many images were counted.
@@ -102,19 +109,15 @@ class ActivityMeter:
         )
         if images == 0:
             return None
-        rate_T = spikes[..., 0].sum(0) / spikes[..., 1].sum(0)
-        upto_TC = operations.sum(0).cumsum(0) / images
-        synops_T, macs_T = upto_TC[:, 0], upto_TC[:, 1]
-        dense = (operations[:, 0, 2].sum() / images).item()
-        row: dict[str, Any] = {"activity_images": int(images), "macs_relu": dense}
-        for name, values_T in (
-            ("firing_rate", rate_T),
-            ("synops", synops_T),
-            ("macs", macs_T),
-            ("energy_mj", energy_mj(synops_T, macs_T)),
-        ):
+        row: dict[str, Any] = {"activity_images": int(images)}
+        curves = {"firing_rate": spikes[..., 0].sum(0) / spikes[..., 1].sum(0)} if self._neurons else {}
+        if self._layers:
+            synops_T, macs_T = (operations.sum(0).cumsum(0) / images)[:, :2].unbind(1)
+            curves |= {"synops": synops_T, "macs": macs_T, "energy_mj": energy_mj(synops_T, macs_T)}
+            dense = (operations[:, 0, 2].sum() / images).item()
+            row |= {"macs_relu": dense, "energy_mj_relu": energy_mj(0.0, dense)}
+        for name, values_T in curves.items():
             row |= {f"{name}_t{t}": value for t, value in enumerate(values_T.tolist(), start=1)}
-        row["energy_mj_relu"] = energy_mj(0.0, dense)
         row["firing_rates"] = dict(zip(self._neurons, (spikes[..., 0] / spikes[..., 1]).tolist(), strict=True))
         row["block_outputs"] = dict(zip(self._blocks, (outputs[..., 0] / outputs[..., 2]).tolist(), strict=True))
         row["block_nonzero"] = dict(zip(self._blocks, (outputs[..., 1] / outputs[..., 2]).tolist(), strict=True))

@@ -24,6 +24,7 @@ from tdkd_dist.files import whole
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.neurons import NeuronConfig
 from tdkd_dist.students import create_student
+from tdkd_dist.students.outside import is_outside
 
 WRAPPERS = ("state_dict", "model")
 """Keys under which training programs put a network's tensors."""
@@ -69,11 +70,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return {**metadata, "student": json.loads(metadata["student"])}
 
 
-def load_student(path: str | os.PathLike[str]) -> nn.Module:
+def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) -> nn.Module:
     """The network that `save_student` or `tools/import_weights.py` wrote, in fp32 and eval mode.
 
     Its `default_cfg` has the file's input size, mean and std. Raises `Mistake`, naming the file, if it is no such
-    file or its tensors do not fit its own configuration.
+    file or its tensors do not fit its own configuration. A student from outside the package needs its module: import it
+    before, or pass `allow_import=True` if you trust the file, since importing runs code.
     """
     metadata = read_metadata(path)
     if metadata is None:
@@ -84,10 +86,14 @@ def load_student(path: str | os.PathLike[str]) -> nn.Module:
         student = StudentConfig(**description | {"neuron": NeuronConfig(**description["neuron"])})
     except (TypeError, KeyError) as error:
         raise Mistake(f"{path}: its student's configuration is not this version's: {error}") from error
-    model = create_student(student)
+    try:
+        model = create_student(student, allow_import=allow_import)
+    except Mistake as mistake:
+        mend = "" if allow_import else "; import it first, or pass allow_import=True if you trust the file"
+        raise Mistake(f"{path}: {mistake}{mend if is_outside(student.model) else ''}") from mistake
     load_weights(model, path, "student.checkpoint")
     model.default_cfg = model.pretrained_cfg = {  # type: ignore[assignment]
-        **model.default_cfg,  # type: ignore[dict-item]
+        **getattr(model, "default_cfg", {}),
         **{key: tuple(value) for key, value in shown.items()},
         "num_classes": student.num_classes,
     }

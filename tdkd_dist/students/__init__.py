@@ -8,7 +8,7 @@ from torch import nn
 
 from tdkd_dist.config import Config, StudentConfig
 from tdkd_dist.mistakes import Mistake
-from tdkd_dist.students import ms_resnet, relu_resnet, sew_resnet, spiking_resnet
+from tdkd_dist.students import ms_resnet, outside, relu_resnet, sew_resnet, spiking_resnet
 from tdkd_dist.students.base import DECLARED, SpikingNet
 
 __all__ = [
@@ -49,25 +49,29 @@ def choose_recomputed(model: nn.Module, config: Config) -> None:
         raise Mistake(f"train.recompute_stages={stages}: {config.student.model} has {error}") from error
 
 
-def create_student(cfg: StudentConfig) -> nn.Module:
+def create_student(cfg: StudentConfig, *, allow_import: bool = True) -> nn.Module:
     """The network of a recipe's `student:` section, with fresh weights (`cfg.checkpoint` is not read).
 
     It gets what it declares to take: a spiking student timesteps and neuron, any other timm model classes and channels
-    alone. Raises `Mistake`, naming the key, for an unknown model or an option that the model does not take.
+    alone. A student from outside the package is imported, unless `allow_import` is false. Raises `Mistake`, naming the
+    key, for an unknown model or an option that the model does not take.
     """
+    options = _chosen_options(cfg)
+    if outside.is_outside(cfg.model):
+        return outside.create(cfg.model, _spiking_arguments(cfg), _as_arguments(options), allow_import=allow_import)
     declared = DECLARED.get(cfg.model)
     if declared is None and not timm.is_model(cfg.model.partition(".")[0]):
         near = difflib.get_close_matches(cfg.model, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"the students are {', '.join(spiking_names())}"
         raise Mistake(f"student.model={cfg.model}: no such model; {hint}")
-    options = _chosen_options(cfg)
     for key, value in options.items():
         if declared is None or key not in declared.options:
             able = sorted({d.family for d in DECLARED.values() if key in d.options})
             raise Mistake(f"student.{key}={value}: {cfg.model} has no such choice, only {', '.join(able)} have")
-    arguments = _arguments(cfg, options, spiking=declared is not None and declared.spiking)
+    spiking = declared is not None and declared.spiking
+    arguments = _spiking_arguments(cfg) if spiking else {"num_classes": cfg.num_classes, "in_chans": cfg.in_chans}
     try:
-        model: nn.Module = timm.create_model(cfg.model, **arguments)
+        model: nn.Module = timm.create_model(cfg.model, **arguments, **_as_arguments(options))
     except RuntimeError as error:
         raise Mistake(f"student.model={cfg.model}: {error}") from error
     return model
@@ -84,8 +88,15 @@ def _chosen_options(cfg: StudentConfig) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
-def _arguments(cfg: StudentConfig, options: dict[str, Any], *, spiking: bool) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"num_classes": cfg.num_classes, "in_chans": cfg.in_chans}
-    if spiking:
-        arguments |= {"num_timesteps": cfg.num_timesteps, "neuron": cfg.neuron}
-    return arguments | {"drop_path_rate" if key == "drop_path" else key: value for key, value in options.items()}
+def _spiking_arguments(cfg: StudentConfig) -> dict[str, Any]:
+    return {
+        "num_classes": cfg.num_classes,
+        "in_chans": cfg.in_chans,
+        "num_timesteps": cfg.num_timesteps,
+        "neuron": cfg.neuron,
+    }
+
+
+def _as_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Under timm's names."""
+    return {"drop_path_rate" if key == "drop_path" else key: value for key, value in options.items()}
