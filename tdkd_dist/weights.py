@@ -89,8 +89,7 @@ def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) ->
     try:
         model = create_student(student, allow_import=allow_import)
     except Mistake as mistake:
-        mend = "" if allow_import else "; import it first, or pass allow_import=True if you trust the file"
-        raise Mistake(f"{path}: {mistake}{mend if is_outside(student.model) else ''}") from mistake
+        raise Mistake(f"{path}: {mistake}") from mistake
     load_weights(model, path, "student.checkpoint")
     model.default_cfg = model.pretrained_cfg = {  # type: ignore[assignment]
         **getattr(model, "default_cfg", {}),
@@ -226,6 +225,8 @@ def import_student(
     MSResNet; both must fit exactly. `timm`: a ReLU ResNet, a file or a timm name with pretrained weights, as the
     initialisation of a SEW student. Raises `Mistake`, naming file and tensors, for anything that does not fit.
     """
+    if is_outside(student.model):
+        raise Mistake(f"model={student.model}: must be a student of the package; files of others fit no other")
     model = create_student(student)
     if form == "timm":
         tensors = read_tensors(source, "source") if os.path.isfile(source) else _pretrained(source)

@@ -21,9 +21,8 @@ from tdkd_dist.mistakes import Mistake
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.record import read_rows
 from tdkd_dist.students import create_student, is_spiking
-from tdkd_dist.training.compilation import compile_training
 from tdkd_dist.validate import validate
-from tdkd_dist.weights import load_student, save_student
+from tdkd_dist.weights import import_student, load_student, save_student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,12 +103,12 @@ def test_batch_norms_are_synchronised_and_activity_is_counted_without_energy():
 
 
 @pytest.mark.slow
-def test_compiled_it_computes_the_same():
+def test_it_is_one_graph_that_computes_the_same():
     net, x = student().double(), torch.randn(B, 1, 16, 16, dtype=torch.float64)
     results = []
     for compiled in (False, True):
         if compiled:
-            compile_training(net)
+            net.compile(backend="aot_eager", fullgraph=True, dynamic=False)  # Inductor takes minutes over this one
         net.zero_grad()
         logits = net(x)
         logits.square().sum().backward()
@@ -138,6 +137,8 @@ def test_a_file_says_which_module_it_needs_and_imports_none_by_itself(here):
     importlib.invalidate_caches()
     with pytest.raises(Mistake, match=r"^own\.safetensors: student\.model=\S+: no module spiking_transformer in "):
         load_student("own.safetensors", allow_import=True)
+    with pytest.raises(Mistake, match=r"^model=spiking_transformer:\S+: must be a student of the package"):
+        import_student("own.safetensors", "other.safetensors", "timm", section())
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,10 @@ def _find(model: str, *, allow_import: bool) -> Callable[..., nn.Module]:
     )
     module = sys.modules.get(name)
     if module is None and not allow_import:
-        raise Mistake(f"student.model={model}: needs the module {name}, which is not imported")
+        raise Mistake(
+            f"student.model={model}: needs the module {name}, and importing runs code: import it first, or pass"
+            " allow_import=True if you trust who names it"
+        )
     module = module or _import(name, model)
     factory = getattr(module, function, None)
     if not callable(factory):
