@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tdkd_dist import distributed
 from tdkd_dist.neurons import SpikingNeuron
-from tdkd_dist.students.base import ResidualBlock, SpikingNet
+from tdkd_dist.students.base import SpikingNet
+from tdkd_dist.students.resnet import ResidualBlock
 
 PJ_PER_MAC, PJ_PER_AC = 4.6, 0.9
 """Energy of a 32-bit floating-point multiply-accumulate and of an accumulate at 45 nm, in pJ (Horowitz, ISSCC 2014)."""
@@ -32,6 +33,8 @@ Split = Callable[[Tensor], Tensor]
 class ActivityMeter:
     """Counts what a spiking student does with the first images it is given, at most `max_images` on this rank.
 
+    Operations and energy only where they all are in layers that it can count (`SpikingNet.operations_in_layers`).
+
     Every rank must build it for the same student; `summary` adds up all ranks' sums, which are exact.
     """
 
@@ -40,7 +43,8 @@ class ActivityMeter:
         modules = dict(model.named_modules())
         self._neurons = [name for name, m in modules.items() if isinstance(m, SpikingNeuron)]
         self._blocks = [name for name, m in modules.items() if isinstance(m, ResidualBlock)]
-        self._layers = [name for name, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)]
+        layers = [name for name, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)]
+        self._layers = layers if model.operations_in_layers else []
 
         def zeros(names: list[str], columns: int) -> Tensor:
             return torch.zeros(len(names), self._T, columns, dtype=torch.float64, device=device)
@@ -78,10 +82,13 @@ class ActivityMeter:
                 self._hook(hooks, name, partial(self._count_output, i, split))
             for i, name in enumerate(self._layers):
                 self._hook(hooks, name, partial(self._count_operations, i, split))
-            features_TBCHW = self._model.forward_features(images)
-            whole = self._reads_whole("the head", features_TBCHW)
-            self._pooled_TBC = features_TBCHW.sum((3, 4), dtype=torch.float64)[:, :n] if whole else None
-            logits_TBK = self._model.forward_head(features_TBCHW)
+            if self._layers:
+                features_TBCHW = self._model.forward_features(images)
+                whole = self._reads_whole("the head", features_TBCHW)
+                self._pooled_TBC = features_TBCHW.sum((3, 4), dtype=torch.float64)[:, :n] if whole else None
+                logits_TBK = self._model.forward_head(features_TBCHW)
+            else:
+                logits_TBK = self._model.forward(images)
         self._left -= n
         self._images += n
         return logits_TBK
@@ -91,7 +98,8 @@ class ActivityMeter:
 
         - Lists over t: `firing_rate`, spikes a neuron at step t, over all neurons; `synops`, accumulates, and `macs`,
           multiply-accumulates an image up to t; `energy_mj`, their energy in mJ an image.
-        - `macs_relu`, `energy_mj_relu`: one pass of the ReLU network of the same shape.
+        - `macs_relu`, `energy_mj_relu`: one pass of the ReLU network of the same shape. These and all operations are
+          left out where they could not all be counted.
         - `firing_rates`, `block_outputs`, `block_nonzero`: for each layer, a list over t. A block's output is its mean
           value, which may exceed 1, and the share that is not 0.
         - `activity_images`: how many images were counted.
@@ -101,19 +109,14 @@ class ActivityMeter:
         )
         if images == 0:
             return None
-        rate_T = spikes[..., 0].sum(0) / spikes[..., 1].sum(0)
-        upto_TC = operations.sum(0).cumsum(0) / images
-        synops_T, macs_T = upto_TC[:, 0], upto_TC[:, 1]
-        dense = (operations[:, 0, 2].sum() / images).item()
-        row: dict[str, Any] = {"activity_images": int(images), "macs_relu": dense}
-        for name, values_T in (
-            ("firing_rate", rate_T),
-            ("synops", synops_T),
-            ("macs", macs_T),
-            ("energy_mj", energy_mj(synops_T, macs_T)),
-        ):
-            row[name] = values_T.tolist()
-        row["energy_mj_relu"] = energy_mj(0.0, dense)
+        row: dict[str, Any] = {"activity_images": int(images)}
+        curves = {"firing_rate": spikes[..., 0].sum(0) / spikes[..., 1].sum(0)} if self._neurons else {}
+        if self._layers:
+            synops_T, macs_T = (operations.sum(0).cumsum(0) / images)[:, :2].unbind(1)
+            curves |= {"synops": synops_T, "macs": macs_T, "energy_mj": energy_mj(synops_T, macs_T)}
+            dense = (operations[:, 0, 2].sum() / images).item()
+            row |= {"macs_relu": dense, "energy_mj_relu": energy_mj(0.0, dense)}
+        row |= {name: values_T.tolist() for name, values_T in curves.items()}
         row["firing_rates"] = dict(zip(self._neurons, (spikes[..., 0] / spikes[..., 1]).tolist(), strict=True))
         row["block_outputs"] = dict(zip(self._blocks, (outputs[..., 0] / outputs[..., 2]).tolist(), strict=True))
         row["block_nonzero"] = dict(zip(self._blocks, (outputs[..., 1] / outputs[..., 2]).tolist(), strict=True))

@@ -13,7 +13,11 @@ def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: it becomes `path` when the block ends, and vanishes if that raises."""
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors' files are for their owner alone
         partial.replace(path)
     finally:
         with suppress(OSError):

@@ -33,8 +33,8 @@ def validate(
     """What a network is worth after t = 1..T timesteps, over all ranks' batches; see `TimestepCounts.summary`.
 
     A spiking student runs `num_timesteps` steps, whatever it trains with, and is left as it was. Its activity is
-    counted in the same pass, on this rank's first `activity_images` images, and its operations and energy added to
-    the result (`ActivityMeter.summary`).
+    counted in the same pass, on this rank's first `activity_images` images, and added to the result, with operations
+    and energy where those can be counted (`ActivityMeter.summary`).
     """
     counts = TimestepCounts()
     was_training, trained_timesteps = model.training, getattr(model, "num_timesteps", None)
@@ -56,7 +56,9 @@ def validate(
     model.train(was_training)
     row = counts.summary(num_timesteps, device)
     activity = meter.summary() if meter is not None else None
-    return row if activity is None else row | activity | _energy_of_exits(row, activity)
+    if activity is None:
+        return row
+    return row | activity | (_energy_of_exits(row, activity) if "energy_mj_relu" in activity else {})
 
 
 def _energy_of_exits(row: dict[str, Any], activity: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tdkd_dist.files import whole
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.neurons import NeuronConfig
 from tdkd_dist.students import create_student
+from tdkd_dist.students.outside import is_outside
 
 WRAPPERS = ("state_dict", "model")
 """Keys under which training programs put a network's tensors."""
@@ -69,11 +70,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return {**metadata, "student": json.loads(metadata["student"])}
 
 
-def load_student(path: str | os.PathLike[str]) -> nn.Module:
+def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) -> nn.Module:
     """The network that `save_student` or `tools/import_weights.py` wrote, in fp32 and eval mode.
 
     Its `default_cfg` has the file's input size, mean and std. Raises `Mistake`, naming the file, if it is no such
-    file or its tensors do not fit its own configuration.
+    file or its tensors do not fit its own configuration. A student from outside the package needs its module: import it
+    before, or pass `allow_import=True` if you trust the file, since importing runs code.
     """
     metadata = read_metadata(path)
     if metadata is None:
@@ -84,10 +86,13 @@ def load_student(path: str | os.PathLike[str]) -> nn.Module:
         student = StudentConfig(**description | {"neuron": NeuronConfig(**description["neuron"])})
     except (TypeError, KeyError) as error:
         raise Mistake(f"{path}: its student's configuration is not this version's: {error}") from error
-    model = create_student(student)
+    try:
+        model = create_student(student, allow_import=allow_import)
+    except Mistake as mistake:
+        raise Mistake(f"{path}: {mistake}") from mistake
     load_weights(model, path, "student.checkpoint")
     model.default_cfg = model.pretrained_cfg = {  # type: ignore[assignment]
-        **model.default_cfg,  # type: ignore[dict-item]
+        **getattr(model, "default_cfg", {}),
         **{key: tuple(value) for key, value in shown.items()},
         "num_classes": student.num_classes,
     }
@@ -220,6 +225,8 @@ def import_student(
     MSResNet; both must fit exactly. `timm`: a ReLU ResNet, a file or a timm name with pretrained weights, as the
     initialisation of a SEW student. Raises `Mistake`, naming file and tensors, for anything that does not fit.
     """
+    if is_outside(student.model):
+        raise Mistake(f"model={student.model}: must be a student of the package; files of others fit no other")
     model = create_student(student)
     if form == "timm":
         tensors = read_tensors(source, "source") if os.path.isfile(source) else _pretrained(source)

@@ -12,7 +12,8 @@ limits command_line batch_norm losses
 neuron_config metrics
 config neurons
 recipe
-students.base
+students.base students.outside
+students.resnet
 students.relu_resnet students.sew_resnet students.ms_resnet students.spiking_resnet
 students
 weights activity

@@ -15,7 +15,7 @@ from tdkd_dist import neurons
 from tdkd_dist.batch_norm import batch_norm_repeated
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.students import spiking_names
-from tdkd_dist.students.base import TemporalDropPath
+from tdkd_dist.students.resnet import TemporalDropPath
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONE_OF_EACH = ["sew_resnet8", "sew_resnet18", "sew_resnet50", "ms_resnet18", "preact_resnet34", "spiking_resnet18"]

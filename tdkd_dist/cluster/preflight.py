@@ -14,6 +14,7 @@ from tdkd_dist.data.beton.manifest import check_beton
 from tdkd_dist.data.loaders import count_classes, open_pictures
 from tdkd_dist.mistakes import Mistakes, require
 from tdkd_dist.students import choose_recomputed, create_student, is_spiking
+from tdkd_dist.students.outside import is_outside
 from tdkd_dist.teachers import check_name, check_pretrained_classes, create_teacher, fetch_weights
 from tdkd_dist.weights import load_weights
 
@@ -142,9 +143,10 @@ def _check_data(config: Config, split: str, found: Findings, dry_run: bool) -> i
 
 def _check_student(config: Config, found: Findings, dry_run: bool) -> None:
     student = create_student(config.student)
+    subclass = "make it a tdkd_dist.students.SpikingNet, or " if is_outside(config.student.model) else ""
     require(
         is_spiking(student) or (config.student.num_timesteps == 1 and config.eval_timesteps == 1),
-        f"student.model={config.student.model} is no spiking network: set student.num_timesteps=1",
+        f"student.model={config.student.model} is no spiking network: {subclass}set student.num_timesteps=1",
     )
     require(
         is_spiking(student) or not config.train.random_timesteps,

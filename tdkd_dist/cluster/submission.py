@@ -16,6 +16,7 @@ from tdkd_dist.cluster.job import PACKAGE, PREEMPTED_FILE, Job
 from tdkd_dist.config import Config
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.run.folder import RunFolder
+from tdkd_dist.students import outside
 
 
 def find_cluster(config: Config) -> str:
@@ -60,7 +61,7 @@ def make_executor(config: Config, folder: RunFolder, cluster: str, code: Path | 
         "stderr_to_stdout": True,
     }
     if cluster == "slurm":
-        code = code or _snapshot(folder)
+        code = code or snapshot(folder, [config])
         options = slurm.options(launcher)
         cpus = slurm.cpus_per_task(launcher, slurm.partitions(launcher))
         parameters |= {
@@ -127,7 +128,7 @@ def submit_array(configs: list[Config], weights: list[str | None], home: Path) -
             raise Mistake("a sweep on Slurm is one job array: sweep.launcher is not possible")
     shared = RunFolder(home)
     members = [Job(config, own) for config, own in zip(configs, weights, strict=True)]
-    jobs = _submitted(make_executor(configs[0], shared, "slurm"), members)
+    jobs = _submitted(make_executor(configs[0], shared, "slurm", snapshot(shared, configs)), members)
     for config, job in zip(configs, jobs, strict=True):
         RunFolder(config.run.folder).write_job("slurm", str(job.job_id), _restarts(shared))
     return jobs
@@ -171,10 +172,24 @@ def _submitted(executor: Any, jobs: list[Job]) -> list[Any]:
         raise Mistake(f"Slurm refused the job: {' '.join(str(error).split())}") from error
 
 
-def _snapshot(folder: RunFolder) -> Path:
-    """A copy of the package, so that edits after submission do not reach a job that still waits."""
+def snapshot(folder: RunFolder, configs: list[Config]) -> Path:
+    """A copy of the package, so that edits after submission do not reach a job that still waits.
+
+    And of the modules or packages that students from outside are in, without hidden files and the run's folder.
+    """
     code = folder.jobs / f"code-{time.strftime('%Y%m%d-%H%M%S')}"
-    shutil.copytree(PACKAGE, code / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    code.mkdir(parents=True, exist_ok=True)
+    models = {config.student.model for config in configs if outside.is_outside(config.student.model)}
+
+    def unwanted(parent: str, names: list[str]) -> list[str]:
+        own = folder.path.absolute()
+        return [n for n in names if n == "__pycache__" or n.startswith(".") or (Path(parent) / n).absolute() == own]
+
+    for source in {PACKAGE, *map(outside.find_source, models)}:
+        if source is not None and source.is_dir():
+            shutil.copytree(source, code / source.name, ignore=unwanted, dirs_exist_ok=True)
+        elif source is not None:
+            shutil.copy2(source, code)
     return code.absolute()
 
 

@@ -8,17 +8,25 @@ from torch import nn
 
 from tdkd_dist.config import Config, StudentConfig
 from tdkd_dist.mistakes import Mistake
-from tdkd_dist.students import ms_resnet, relu_resnet, sew_resnet, spiking_resnet
-from tdkd_dist.students.base import SpikingNet
+from tdkd_dist.students import ms_resnet, outside, relu_resnet, sew_resnet, spiking_resnet
+from tdkd_dist.students.base import DECLARED, SpikingNet
 
-__all__ = ["SpikingNet", "choose_recomputed", "create_student", "is_spiking", "relu_resnet", "spiking_names"]
-
-_SEW = tuple(sew_resnet.default_cfgs)
+__all__ = [
+    "SpikingNet",
+    "choose_recomputed",
+    "create_student",
+    "is_spiking",
+    "ms_resnet",
+    "relu_resnet",
+    "sew_resnet",
+    "spiking_names",
+    "spiking_resnet",
+]
 
 
 def spiking_names() -> tuple[str, ...]:
-    """Every spiking student, by the name that `timm.create_model` takes."""
-    return (*_SEW, *ms_resnet.default_cfgs, *spiking_resnet.default_cfgs)
+    """Every spiking student of the package, by the name that `timm.create_model` takes."""
+    return tuple(name for name, declared in DECLARED.items() if declared.spiking)
 
 
 def is_spiking(model: nn.Module) -> bool:
@@ -41,37 +49,54 @@ def choose_recomputed(model: nn.Module, config: Config) -> None:
         raise Mistake(f"train.recompute_stages={stages}: {config.student.model} has {error}") from error
 
 
-def create_student(cfg: StudentConfig) -> nn.Module:
+def create_student(cfg: StudentConfig, *, allow_import: bool = True) -> nn.Module:
     """The network of a recipe's `student:` section, with fresh weights (`cfg.checkpoint` is not read).
 
-    A spiking student gets everything; any other timm model is an ordinary network and gets classes and channels.
-    Raises `Mistake`, naming the key, for an unknown model or an argument the model does not take.
+    It gets what it declares to take: a spiking student timesteps and neuron, any other timm model classes and channels
+    alone. A student from outside the package is imported, unless `allow_import` is false. Raises `Mistake`, naming the
+    key, for an unknown model or an option that the model does not take.
     """
-    spiking = cfg.model in spiking_names()
-    if not spiking and not timm.is_model(cfg.model.partition(".")[0]):
+    options = _chosen_options(cfg)
+    if outside.is_outside(cfg.model):
+        return outside.create(cfg.model, _spiking_arguments(cfg), _as_arguments(options), allow_import=allow_import)
+    declared = DECLARED.get(cfg.model)
+    if declared is None and not timm.is_model(cfg.model.partition(".")[0]):
         near = difflib.get_close_matches(cfg.model, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"the students are {', '.join(spiking_names())}"
         raise Mistake(f"student.model={cfg.model}: no such model; {hint}")
-    if cfg.connect is not None and cfg.model not in _SEW:
-        raise Mistake(f"student.connect={cfg.connect}: {cfg.model} has no such choice, only SEW-ResNets do")
-    only_spiking = {"width": cfg.width, "drop_path": cfg.drop_path or None, "zero_init_last": cfg.zero_init_last}
-    arguments: dict[str, Any] = {"num_classes": cfg.num_classes, "in_chans": cfg.in_chans}
-    if cfg.model in relu_resnet.default_cfgs:
-        arguments["width"] = only_spiking.pop("width")
-    for key, value in only_spiking.items():
-        if value is not None and not spiking:
-            raise Mistake(f"student.{key}={value}: {cfg.model} has no such choice, only spiking students do")
-    if spiking:
-        arguments |= {
-            "num_timesteps": cfg.num_timesteps,
-            "neuron": cfg.neuron,
-            "connect": cfg.connect,
-            "width": cfg.width,
-            "drop_path_rate": cfg.drop_path,
-            "zero_init_last": cfg.zero_init_last,
-        }
+    for key, value in options.items():
+        if declared is None or key not in declared.options:
+            able = sorted({d.family for d in DECLARED.values() if key in d.options})
+            raise Mistake(f"student.{key}={value}: {cfg.model} has no such choice, only {', '.join(able)} have")
+    spiking = declared is not None and declared.spiking
+    arguments = _spiking_arguments(cfg) if spiking else {"num_classes": cfg.num_classes, "in_chans": cfg.in_chans}
     try:
-        model: nn.Module = timm.create_model(cfg.model, **arguments)  # which drops arguments that are None
+        model: nn.Module = timm.create_model(cfg.model, **arguments, **_as_arguments(options))
     except RuntimeError as error:
         raise Mistake(f"student.model={cfg.model}: {error}") from error
     return model
+
+
+def _chosen_options(cfg: StudentConfig) -> dict[str, Any]:
+    """What the section sets of the options that only some networks take, by key."""
+    options = {
+        "connect": cfg.connect,
+        "width": cfg.width,
+        "drop_path": cfg.drop_path or None,
+        "zero_init_last": cfg.zero_init_last,
+    }
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _spiking_arguments(cfg: StudentConfig) -> dict[str, Any]:
+    return {
+        "num_classes": cfg.num_classes,
+        "in_chans": cfg.in_chans,
+        "num_timesteps": cfg.num_timesteps,
+        "neuron": cfg.neuron,
+    }
+
+
+def _as_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Under timm's names."""
+    return {"drop_path_rate" if key == "drop_path" else key: value for key, value in options.items()}

@@ -15,11 +15,11 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
-from tdkd_dist.students import base
-from tdkd_dist.students.base import conv3x3
+from tdkd_dist.students import base, resnet
+from tdkd_dist.students.resnet import conv3x3
 
 
-class PreactBlock(base.ResidualBlock):
+class PreactBlock(resnet.ResidualBlock):
     """Twice neuron - conv3x3 - BN, plus the input, which a 1x1 convolution reads before any neuron does."""
 
     def __init__(
@@ -36,8 +36,8 @@ class PreactBlock(base.ResidualBlock):
         self.out_channels = width
         self.sn1, self.conv1, self.bn1 = make_neuron(), conv3x3(in_channels, width, stride, bias), nn.BatchNorm2d(width)
         self.sn2, self.conv2, self.bn2 = make_neuron(), conv3x3(width, width, 1, bias), nn.BatchNorm2d(width)
-        self.downsample = base.downsample(in_channels, width, stride, bias)
-        self.drop_path = base.TemporalDropPath(drop_path, self.sn1.num_timesteps)
+        self.downsample = resnet.downsample(in_channels, width, stride, bias)
+        self.drop_path = resnet.TemporalDropPath(drop_path, self.sn1.num_timesteps)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T*B, C, H, W]` in and out."""
@@ -51,7 +51,7 @@ class PreactBlock(base.ResidualBlock):
         return self.bn2
 
 
-class MembraneResNet(base.SpikingNet):
+class MembraneResNet(resnet.SpikingResNetBase):
     """Stem conv7x7/2 - BN, optionally a max-pool, no neuron; then `PreactBlock`s.
 
     `width` is the first stage's; `bias` gives the convolutions biases; `stem_pool` adds the max-pool and leaves the
@@ -109,7 +109,7 @@ class PreactResNet(MembraneResNet):
 
     def init_weights(self, zero_init_last: bool) -> None:
         """He initialisation of the convolutions, then as every student."""
-        base.init_kaiming(self)
+        resnet.init_kaiming(self)
         super().init_weights(zero_init_last)
 
 
@@ -119,21 +119,22 @@ default_cfgs = generate_default_cfgs(
         for name in ("ms_resnet18", "ms_resnet34", "preact_resnet34")
     }
 )
+register = base.register("width", "drop_path", "zero_init_last")
 
 
-@base.register
+@register
 def ms_resnet18(pretrained: bool = False, **kwargs: Any) -> MSResNet:
     """MS-ResNet-18; see `MembraneResNet` for the arguments."""
     return base.build(MSResNet, "ms_resnet18", pretrained, depths=(2, 2, 2, 2), **kwargs)
 
 
-@base.register
+@register
 def ms_resnet34(pretrained: bool = False, **kwargs: Any) -> MSResNet:
     """MS-ResNet-34; see `MembraneResNet` for the arguments."""
     return base.build(MSResNet, "ms_resnet34", pretrained, depths=(3, 4, 6, 3), **kwargs)
 
 
-@base.register
+@register
 def preact_resnet34(pretrained: bool = False, **kwargs: Any) -> PreactResNet:
     """The backbone of the paper's ImageNet row; see `MembraneResNet` for the arguments."""
     return base.build(PreactResNet, "preact_resnet34", pretrained, depths=(3, 4, 6, 3), **kwargs)

@@ -13,8 +13,8 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from tdkd_dist.students import base
-from tdkd_dist.students.base import conv3x3
+from tdkd_dist.students import base, resnet
+from tdkd_dist.students.resnet import conv3x3
 
 
 class ReluBlock(nn.Module):
@@ -24,7 +24,7 @@ class ReluBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(in_channels, width, stride), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv3x3(width, width), nn.BatchNorm2d(width)
-        self.downsample = base.downsample(in_channels, width, stride)
+        self.downsample = resnet.downsample(in_channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` in and out."""
@@ -65,7 +65,7 @@ class ReluResNet(nn.Module):
         self.num_features, self.head_hidden_size = channels, hidden or channels
         self.fc1 = nn.Linear(channels, hidden) if hidden else None
         self.reset_classifier(num_classes)
-        base.init_kaiming(self)
+        resnet.init_kaiming(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` for images `[B, C, H, W]`."""
@@ -97,32 +97,33 @@ class ReluResNet(nn.Module):
 
 default_cfgs = generate_default_cfgs(
     {
-        name: {"input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc", **base.CIFAR10}
+        name: {"input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc", **resnet.CIFAR10}
         for name in ("cifar_resnet18", "cifar_resnet19", "cifar_resnet34")
     }
     | {"relu_resnet18": {"input_size": (3, 224, 224), "first_conv": "conv1", "classifier": "fc"}}
 )
+register = base.register("width", spiking=False)
 
 
-@base.register
+@register
 def relu_resnet18(pretrained: bool = False, **kwargs: Any) -> ReluResNet:
     """torchvision's ResNet-18 with a choice of width: the ordinary network beside `sew_resnet18`."""
     return base.build(ReluResNet, "relu_resnet18", pretrained, depths=(2, 2, 2, 2), small_stem=False, **kwargs)
 
 
-@base.register
+@register
 def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> ReluResNet:
     """2, 2, 2, 2 blocks of widths 64 to 512."""
     return base.build(ReluResNet, "cifar_resnet18", pretrained, depths=(2, 2, 2, 2), **kwargs)
 
 
-@base.register
+@register
 def cifar_resnet34(pretrained: bool = False, **kwargs: Any) -> ReluResNet:
     """3, 4, 6, 3 blocks of widths 64 to 512: the paper's CIFAR teacher."""
     return base.build(ReluResNet, "cifar_resnet34", pretrained, depths=(3, 4, 6, 3), **kwargs)
 
 
-@base.register
+@register
 def cifar_resnet19(pretrained: bool = False, **kwargs: Any) -> ReluResNet:
     """3, 3, 2 blocks of widths 128 to 512 and a hidden layer of 256: the paper's CIFAR10-DVS teacher."""
     kwargs = {"width": 128, "hidden": 256} | kwargs

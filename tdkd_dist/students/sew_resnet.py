@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
-from tdkd_dist.students import base
-from tdkd_dist.students.base import conv3x3
+from tdkd_dist.students import base, resnet
+from tdkd_dist.students.resnet import conv3x3
 
 Connect = Literal["ADD", "AND", "IAND"]
 MakeNeuron = Callable[[], SpikingNeuron]
@@ -26,7 +26,7 @@ def join(a: Tensor, b: Tensor, connect: Connect) -> Tensor:
     return a * b if connect == "AND" else a * (1 - b)
 
 
-class BasicBlock(base.ResidualBlock):
+class BasicBlock(resnet.ResidualBlock):
     """Twice conv3x3 - BN - neuron, joined with the identity; IAND is identity * (1 - out)."""
 
     expansion = 1
@@ -46,9 +46,9 @@ class BasicBlock(base.ResidualBlock):
         self.connect: Connect = connect
         self.conv1, self.bn1, self.sn1 = conv3x3(in_channels, width, stride), nn.BatchNorm2d(width), make_neuron()
         self.conv2, self.bn2, self.sn2 = conv3x3(width, width), nn.BatchNorm2d(width), make_neuron()
-        self.downsample = base.downsample(in_channels, width, stride)
+        self.downsample = resnet.downsample(in_channels, width, stride)
         self.downsample_sn = None if self.downsample is None else make_neuron()
-        self.drop_path = base.TemporalDropPath(drop_path, self.sn1.num_timesteps)
+        self.drop_path = resnet.TemporalDropPath(drop_path, self.sn1.num_timesteps)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T*B, C, H, W]` in and out."""
@@ -66,7 +66,7 @@ class BasicBlock(base.ResidualBlock):
         return self.bn2
 
 
-class Bottleneck(base.ResidualBlock):
+class Bottleneck(resnet.ResidualBlock):
     """conv1x1, conv3x3 with the stride, conv1x1, each - BN - neuron; IAND is out * (1 - identity)."""
 
     expansion = 4
@@ -89,9 +89,9 @@ class Bottleneck(base.ResidualBlock):
         self.conv2, self.bn2, self.sn2 = conv3x3(width, width, stride), nn.BatchNorm2d(width), make_neuron()
         self.conv3, self.bn3 = nn.Conv2d(width, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
         self.sn3 = make_neuron()
-        self.downsample = base.downsample(in_channels, out_channels, stride)
+        self.downsample = resnet.downsample(in_channels, out_channels, stride)
         self.downsample_sn = None if self.downsample is None else make_neuron()
-        self.drop_path = base.TemporalDropPath(drop_path, self.sn1.num_timesteps)
+        self.drop_path = resnet.TemporalDropPath(drop_path, self.sn1.num_timesteps)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T*B, C, H, W]` in and out."""
@@ -110,7 +110,7 @@ class Bottleneck(base.ResidualBlock):
         return self.bn3
 
 
-class SEWResNet(base.SpikingNet):
+class SEWResNet(resnet.SpikingResNetBase):
     """Stem conv - BN - neuron - max-pool, then SEW blocks.
 
     `width` is the first stage's; `small_stem` is a 3x3 convolution of stride 2 without a pool, for images of about
@@ -150,7 +150,7 @@ class SEWResNet(base.SpikingNet):
 
     def init_weights(self, zero_init_last: bool) -> None:
         """He initialisation of the convolutions, then as every student."""
-        base.init_kaiming(self)
+        resnet.init_kaiming(self)
         super().init_weights(zero_init_last)
 
 
@@ -161,40 +161,41 @@ def _cfg(input_size: tuple[int, int, int] = (3, 224, 224)) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {f"sew_resnet{depth}": _cfg() for depth in (18, 34, 50, 101, 152)} | {"sew_resnet8": _cfg((3, 32, 32))}
 )
+register = base.register("connect", "width", "drop_path", "zero_init_last")
 
 
-@base.register
+@register
 def sew_resnet8(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """Three blocks of widths w, 2w, 4w (w = 24) behind a 3x3 stem of stride 2: for images of 28 or 32 pixels."""
     kwargs = {"width": 24, "small_stem": True} | kwargs
     return base.build(SEWResNet, "sew_resnet8", pretrained, block=BasicBlock, depths=(1, 1, 1), **kwargs)
 
 
-@base.register
+@register
 def sew_resnet18(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-18; see `SEWResNet` for the arguments."""
     return base.build(SEWResNet, "sew_resnet18", pretrained, block=BasicBlock, depths=(2, 2, 2, 2), **kwargs)
 
 
-@base.register
+@register
 def sew_resnet34(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-34; see `SEWResNet` for the arguments."""
     return base.build(SEWResNet, "sew_resnet34", pretrained, block=BasicBlock, depths=(3, 4, 6, 3), **kwargs)
 
 
-@base.register
+@register
 def sew_resnet50(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-50; see `SEWResNet` for the arguments."""
     return base.build(SEWResNet, "sew_resnet50", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), **kwargs)
 
 
-@base.register
+@register
 def sew_resnet101(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-101; see `SEWResNet` for the arguments."""
     return base.build(SEWResNet, "sew_resnet101", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), **kwargs)
 
 
-@base.register
+@register
 def sew_resnet152(pretrained: bool = False, **kwargs: Any) -> SEWResNet:
     """SEW-ResNet-152; see `SEWResNet` for the arguments."""
     return base.build(SEWResNet, "sew_resnet152", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), **kwargs)

@@ -11,11 +11,11 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
-from tdkd_dist.students import base
-from tdkd_dist.students.base import conv3x3
+from tdkd_dist.students import base, resnet
+from tdkd_dist.students.resnet import conv3x3
 
 
-class PostactBlock(base.ResidualBlock):
+class PostactBlock(resnet.ResidualBlock):
     """conv3x3 - BN - neuron - conv3x3 - BN, plus the shortcut, then a neuron."""
 
     def __init__(
@@ -31,8 +31,8 @@ class PostactBlock(base.ResidualBlock):
         self.out_channels = width
         self.conv1, self.bn1, self.sn1 = conv3x3(in_channels, width, stride), nn.BatchNorm2d(width), make_neuron()
         self.conv2, self.bn2, self.sn2 = conv3x3(width, width), nn.BatchNorm2d(width), make_neuron()
-        self.downsample = base.downsample(in_channels, width, stride)
-        self.drop_path = base.TemporalDropPath(drop_path, self.sn1.num_timesteps)
+        self.downsample = resnet.downsample(in_channels, width, stride)
+        self.drop_path = resnet.TemporalDropPath(drop_path, self.sn1.num_timesteps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes `[T*B, C, H, W]` in and out."""
@@ -47,7 +47,7 @@ class PostactBlock(base.ResidualBlock):
         return self.bn2
 
 
-class SpikingResNet(base.SpikingNet):
+class SpikingResNet(resnet.SpikingResNetBase):
     """Stem conv3x3 - BN - neuron at full resolution, then `PostactBlock`s.
 
     `hidden` puts a linear layer of so many units and a neuron before the classifier; `width` is the first stage's.
@@ -91,19 +91,20 @@ class SpikingResNet(base.SpikingNet):
 
 default_cfgs = generate_default_cfgs(
     {
-        name: {"input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc", **base.CIFAR10}
+        name: {"input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc", **resnet.CIFAR10}
         for name in ("spiking_resnet18", "spiking_resnet19")
     }
 )
+register = base.register("width", "drop_path", "zero_init_last")
 
 
-@base.register
+@register
 def spiking_resnet18(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """2, 2, 2, 2 blocks of widths 64 to 512; see `SpikingResNet` for the arguments."""
     return base.build(SpikingResNet, "spiking_resnet18", pretrained, depths=(2, 2, 2, 2), **kwargs)
 
 
-@base.register
+@register
 def spiking_resnet19(pretrained: bool = False, **kwargs: Any) -> SpikingResNet:
     """3, 3, 2 blocks of widths 128 to 512 and a hidden layer of 256; see `SpikingResNet` for the arguments."""
     kwargs = {"width": 128, "hidden": 256} | kwargs

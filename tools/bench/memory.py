@@ -19,7 +19,8 @@ from step_contestants import make_config
 
 from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.mistakes import Mistake
-from tdkd_dist.students import SpikingNet, create_student
+from tdkd_dist.students import create_student
+from tdkd_dist.students.resnet import SpikingResNetBase
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +51,7 @@ def measure(args: argparse.Namespace) -> str:
     except ValueError as error:
         raise Mistake(f"--timesteps {args.timesteps}: give numbers separated by commas") from error
     student = create_student(make_config(options).student)
-    assert isinstance(student, SpikingNet)
+    assert isinstance(student, SpikingResNetBase)
     stages = list(range(1, student.num_stages + 1))
     variants: dict[str, tuple[str, list[str]]] = {
         "resnet": ("resnet", []),

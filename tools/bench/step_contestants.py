@@ -25,7 +25,8 @@ from tdkd_dist import distributed
 from tdkd_dist.config import Config
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 from tdkd_dist.recipe import load_config
-from tdkd_dist.students import SpikingNet, choose_recomputed, create_student
+from tdkd_dist.students import choose_recomputed, create_student
+from tdkd_dist.students.resnet import SpikingResNetBase
 from tdkd_dist.training.compilation import compile_training
 from tdkd_dist.training.step import build_untrained
 
@@ -143,7 +144,7 @@ class LoopedNeuron(nn.Module):
 class LoopedNet(nn.Module):
     """Our student's layers around looped neurons: every layer sees B*T images, the first one too."""
 
-    def __init__(self, net: SpikingNet) -> None:
+    def __init__(self, net: SpikingResNetBase) -> None:
         super().__init__()
         self.net, self.num_timesteps = net, net.num_timesteps
         for module in list(net.modules()):
@@ -181,7 +182,7 @@ def loop(options: argparse.Namespace) -> Step:
     """As research code often has it."""
     config, device, T = make_config(options), torch.device(options.device), options.timesteps
     student = create_student(config.student)
-    assert isinstance(student, SpikingNet)
+    assert isinstance(student, SpikingResNetBase)
     net = LoopedNet(student).to(device).train()
     teacher = timm.create_model(options.teacher, num_classes=1000).to(device).eval()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9, weight_decay=2e-5)

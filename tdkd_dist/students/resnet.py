@@ -1,0 +1,174 @@
+"""What the spiking ResNets share: the stem of a static image, stages of residual blocks, recomputation, drop-path.
+
+Shapes: T timesteps, B images, C channels, H, W pixels. Between the layers x is `[T*B, C, H, W]`, T-major.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tdkd_dist import batch_norm  # the module: it imports timm, which may be what imports us
+from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
+from tdkd_dist.students.base import SpikingNet
+
+Block = Callable[[int, int, int, float], "ResidualBlock"]
+"""Builds a block from input channels, width, stride and drop-path rate."""
+
+CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "num_classes": 10}
+"""What timm's `default_cfg` says of the networks for CIFAR-10."""
+
+
+class ResidualBlock(nn.Module):
+    """A block of a stage, `[T*B, C, H, W]` in and out."""
+
+    out_channels: int
+
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        """The residual branch's last batch norm."""
+        raise NotImplementedError
+
+
+class SpikingResNetBase(SpikingNet):
+    """A spiking ResNet, whose parts its subclasses build.
+
+    A stem (`conv1`, `bn1`, then the neuron `sn1` where there is one, then `maxpool`), the stages `layer1`, `layer2`,
+    ..., the neuron `sn_head` where there is one, and `fc` on the spatial mean.
+    """
+
+    operations_in_layers: ClassVar[bool] = True
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    sn1: SpikingNeuron | None
+    maxpool: nn.Module
+    sn_head: SpikingNeuron | None
+
+    def __init__(self, num_classes: int, in_chans: int, num_timesteps: int, neuron: NeuronConfig | None) -> None:
+        super().__init__(num_classes, in_chans, num_timesteps, neuron)
+        self.sn1 = self.sn_head = None
+
+    def make_stages(
+        self, block: Block, widths: Sequence[int], depths: Sequence[int], first_stride: int, drop_path_rate: float
+    ) -> int:
+        """Add `layer1`, ..., of stride 2 from the second on, drop-path growing linearly; returns the channels."""
+        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        channels = self.conv1.out_channels
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            blocks = nn.Sequential()
+            for i in range(depth):
+                stride = 1 if i > 0 else first_stride if stage == 0 else 2
+                built = block(channels, width, stride, rates.pop(0))
+                channels = built.out_channels
+                blocks.append(built)
+            setattr(self, f"layer{stage + 1}", blocks)
+        self.num_stages = len(depths)
+        return channels
+
+    def init_weights(self, zero_init_last: bool) -> None:
+        """Initialise what differs from PyTorch's default: the last BN weight of each block at 0, if wanted."""
+        if zero_init_last:
+            for module in self.modules():
+                if isinstance(module, ResidualBlock):
+                    nn.init.zeros_(module.last_bn.weight)
+
+    @property
+    def stages(self) -> Iterator[nn.Module]:
+        """`layer1`, `layer2`, ..."""
+        return (getattr(self, f"layer{i + 1}") for i in range(self.num_stages))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Feature maps `[T, B, C, H, W]`, before pooling."""
+        x = self.forward_stem(x)
+        for number, stage in enumerate(self.stages, start=1):
+            x = run_keeping_inputs(stage, x) if self.training and number in self.recomputed else stage(x)
+        return self.unfold(x if self.sn_head is None else self.sn_head(x))
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """What the first block reads, `[T*B, C, H, W]`; a static image passes convolution and batch norm once."""
+        if x.ndim != 4:
+            x = self.bn1(self.conv1(self.fold(x)))
+            return self.maxpool(x if self.sn1 is None else self.sn1(x))  # type: ignore[no-any-return]
+        x = batch_norm.batch_norm_repeated(self.bn1, self.conv1(x), self.num_timesteps)
+        x = self.fold(self.maxpool(x)) if self.sn1 is None else self.maxpool(self.sn1(x, constant=True))
+        return x
+
+
+def run_keeping_inputs(blocks: nn.Module, x: Tensor) -> Tensor:
+    """`blocks(x)`, of which autograd keeps each block's input alone; statistics move once, not again in recomputing."""
+    for block in blocks.children():
+        if torch.compiler.is_compiling():  # the second pass is a part of the backward graph, which changes no buffer
+            x = checkpoint(_with_an_end, block, x, use_reentrant=False)
+        else:
+            x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_again, block))
+    return x
+
+
+def _with_an_end(block: nn.Module, x: Tensor) -> Tensor:
+    # The partitioner keeps a block's output for the next one only if it is no view, and Inductor takes out a clone.
+    # Without this all blocks would be computed again at once, from the first one's input.
+    y: Tensor = block(x)
+    return y.clamp(max=math.inf)
+
+
+def _again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What a block is run in first, and when it is computed again."""
+    return nullcontext(), _put_back_buffers(block)
+
+
+@contextmanager
+def _put_back_buffers(block: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    try:
+        yield  # left by an exception as soon as all that is needed has been computed
+    finally:
+        for buffer, copied in before:
+            buffer.data.copy_(copied)  # .data: as in `batch_norm.batch_norm_repeated`
+
+
+class TemporalDropPath(nn.Module):
+    """Stochastic depth with one decision a sample, the same at every timestep (Huang et al. 2016)."""
+
+    def __init__(self, rate: float, num_timesteps: int) -> None:
+        super().__init__()
+        self.rate, self.num_timesteps = rate, num_timesteps
+
+    @property
+    def drops(self) -> bool:
+        """Whether it does anything: in training, at a rate above 0."""
+        return self.training and self.rate > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T*B, C, H, W]`, dropped samples zeroed, the others scaled by 1 / (1 - rate); the identity in eval mode."""
+        if not self.drops:
+            return x
+        mask = x.new_empty(x.shape[0] // self.num_timesteps, 1, 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        return x * torch.cat([mask] * self.num_timesteps)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"rate={self.rate:g}"
+
+
+def downsample(in_channels: int, out_channels: int, stride: int, bias: bool = False) -> nn.Sequential | None:
+    """A shortcut's 1x1 convolution and batch norm, or None where the identity fits."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias), nn.BatchNorm2d(out_channels))
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    """A padded 3x3 convolution."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=bias)
+
+
+def init_kaiming(net: nn.Module) -> None:
+    """He initialisation (fan-out) of every convolution (He et al. 2015)."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
