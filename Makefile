@@ -4,6 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 FASHION := /usr/share/datasets/fashion-mnist
 SHELL := /bin/bash
+# One more than the two cores of CI, since the tests of Slurm mostly wait.
+WORKERS ?= 3
 
 .PHONY: help setup quickstart test lint bench
 .DEFAULT_GOAL := help
@@ -41,7 +43,7 @@ quickstart: $(VENV)/.ready data/fashion_train.beton data/fashion_val.beton ## th
 
 test: $(VENV)/.ready ## lint, types and all tests but those that need a GPU
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -m "not gpu"
+	@$(PY) -m pytest -m "not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 lint: $(VENV)/.ready ## ruff and mypy
 	@$(VENV)/bin/ruff check .

@@ -17,9 +17,29 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several workers share the cores; threads of each would spin while they wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 settings.register_profile("seeded", derandomize=True, deadline=None)
 if IN_CI:
     settings.load_profile("seeded")
+
+
+LONGEST = ["test_slurm", "test_launch", "test_batch_norm", "test_fast_path", "test_engine", "test_gpu_acceptance"]
+"""Modules that are started first, since a worker runs a module whole: what they share is then made once."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)
