@@ -1,5 +1,6 @@
 """tools/write_beton.py as a user calls it: again, with mistakes, interrupted, on a full disk."""
 
+import contextlib
 import io
 import os
 import resource
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import write_beton
+from in_process import call
 from pictures import picture, stored
 
 from tdkd_dist.data.beton import layout
@@ -77,7 +80,8 @@ def test_up_to_date_notices_a_changed_source(tree: Path, tmp_path: Path) -> None
     ],
 )
 def test_a_users_mistake_is_told_in_few_lines(args: list[object], message: str, tree: Path, tmp_path: Path) -> None:
-    done = run(*(tree if arg == "TREE" else arg for arg in args), cwd=tmp_path)
+    with contextlib.chdir(tmp_path):
+        done = call(write_beton.main, *(tree if arg == "TREE" else arg for arg in args))
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) <= (1 if args else 6)
@@ -90,12 +94,12 @@ def test_a_broken_picture_stops_or_is_skipped(workers: int, tree: Path, tmp_path
     shutil.copytree(tree, tmp_path / "tree")
     (tmp_path / "tree" / "dog" / "03.JPEG").write_text("not a picture")
     dest = tmp_path / "out" / "x.beton"
-    stopped = run(tmp_path / "tree", dest, "--workers", workers)
+    stopped = call(write_beton.main, tmp_path / "tree", dest, "--workers", workers)
     assert stopped.returncode == 2
     assert "dog/03.JPEG: not a readable picture" in stopped.stderr
     assert len(stopped.stderr.splitlines()) == 1
     assert list(dest.parent.iterdir()) == []
-    skipped = run(tmp_path / "tree", dest, "--workers", workers, "--on-error", "skip")
+    skipped = call(write_beton.main, tmp_path / "tree", dest, "--workers", workers, "--on-error", "skip")
     assert skipped.returncode == 0
     manifest = read_manifest(dest)
     assert manifest is not None
@@ -103,7 +107,7 @@ def test_a_broken_picture_stops_or_is_skipped(workers: int, tree: Path, tmp_path
     assert "dog/03.JPEG" in manifest.skipped[0]
     labels = [label for _, label, _ in stored(dest)]
     assert labels == [0] * 6 + [1] * 11 + [2] * 18
-    assert run("--verify", dest).returncode == 0
+    assert call(write_beton.main, "--verify", dest).returncode == 0
 
 
 def test_verify_names_the_sample_and_exits_1(copy: Path) -> None:
@@ -111,7 +115,7 @@ def test_verify_names_the_sample_and_exits_1(copy: Path) -> None:
     content = bytearray(copy.read_bytes())
     content[ptr + 50] ^= 0x80
     copy.write_bytes(content)
-    done = run("--verify", copy)
+    done = call(write_beton.main, "--verify", copy)
     assert done.returncode == 1
     assert "sample 9: " in done.stdout
 
@@ -120,7 +124,7 @@ def test_no_space_left(tree: Path, small_disk: Path) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(15 * 2**20))
     for workers in (1, 2):
-        done = run(tree, small_disk / "x.beton", "--workers", workers, "--jpeg-share", 0)
+        done = call(write_beton.main, tree, small_disk / "x.beton", "--workers", workers, "--jpeg-share", 0)
         assert done.returncode == 2
         assert "x.beton: No space left on device" in done.stderr
         assert len(done.stderr.splitlines()) == 1

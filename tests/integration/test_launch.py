@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import submit
 import torch
+from in_process import call
 from PIL import Image
 from safetensors.torch import load_file
 
+from tdkd_dist.data.beton.writing import write
+from tdkd_dist.data.sources import open_source
 from tdkd_dist.recipe import list_recipes
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.record import read_rows
@@ -23,14 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CLASSES, TRAIN, VAL = 3, 48, 21
 
 
-def launch(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/submit.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An ImageFolder tree of three kinds of pictures, and the betons that `write_beton` makes of it."""
+    """An ImageFolder tree of three kinds of pictures, and their betons."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for split, count in (("train", TRAIN), ("val", VAL)):
@@ -41,8 +39,7 @@ def folder(tmp_path_factory) -> Path:
             path = folder / split / f"n{kind:08d}" / f"{i}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path, quality=90)
-        command = [sys.executable, "tools/write_beton.py", str(folder / split), str(folder / f"{split}.beton")]
-        subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+        write(open_source(folder / split), folder / f"{split}.beton")
     return folder
 
 
@@ -64,6 +61,12 @@ wandb: {{mode: disabled}}
 
 
 @pytest.fixture(scope="module")
+def without_ffcv(folder) -> list[str]:
+    """The same pictures as files: FFCV generates code at every start."""
+    return [f"data.train={folder}/train", f"data.val={folder}/val", "data.format=imagefolder"]
+
+
+@pytest.fixture(scope="module")
 def imagenet(folder) -> list[str]:
     """The ImageNet recipe, cut down to what two CPU ranks do in a minute."""
     return (
@@ -76,7 +79,7 @@ def imagenet(folder) -> list[str]:
 
 @pytest.mark.slow
 def test_the_imagenet_recipe_runs_on_two_cpu_ranks_and_is_finished_once(imagenet, folder):
-    first = launch(*imagenet)
+    first = call(submit.main, *imagenet)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "warning: teacher resnet34.tv_in1k has random weights" in first.stdout
     assert "train.activation_budget: ignored, the student is not compiled" in first.stdout
@@ -102,21 +105,22 @@ def test_the_imagenet_recipe_runs_on_two_cpu_ranks_and_is_finished_once(imagenet
     with torch.no_grad():
         assert student(torch.randn(2, 3, 64, 64)).shape == (4, 2, 1000)
 
-    again = launch(*imagenet)
+    again = call(submit.main, *imagenet)
     assert again.returncode == 0
     assert "is finished" in again.stdout
     assert first.stdout[first.stdout.index("timesteps") : first.stdout.index("mean over")] in again.stdout
 
-    other = launch(*imagenet, "loss.alpha=0.4")
+    other = call(submit.main, *imagenet, "loss.alpha=0.4")
     assert other.returncode == 2
     assert "loss.alpha (0.2 there, 0.4 now)" in other.stderr
 
-    longer = launch(*imagenet, "train.max_steps=4", "launcher.tasks_per_node=1", "train.epochs=7")
+    longer = call(submit.main, *imagenet, "train.max_steps=4", "launcher.tasks_per_node=1", "train.epochs=7")
     assert longer.returncode == 0, longer.stdout + longer.stderr
     assert "at step 3" in longer.stdout
     assert read_rows(run.metrics_file)[-1]["global_step"] == 4
 
-    evaluation = launch(
+    evaluation = call(
+        submit.main,
         *(a for a in imagenet if not a.startswith(("train.max", "run.dir"))),
         "train.epochs=0",
         f"student.checkpoint={run.student_file}",
@@ -156,13 +160,15 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tiny, folde
     assert not list(run.checkpoints.glob("*.tmp"))
     stopped_at = max(row["global_step"] for row in read_rows(run.metrics_file))
 
-    resumed = launch(*tiny, f"run.dir={folder}/interrupted", f"train.max_steps={stopped_at + 2}", "train.epochs=500")
+    resumed = call(
+        submit.main, *tiny, f"run.dir={folder}/interrupted", f"train.max_steps={stopped_at + 2}", "train.epochs=500"
+    )
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"at step {stopped_at}" in resumed.stdout
     steps = [row["global_step"] for row in read_rows(run.metrics_file) if "train/loss" in row]
     assert steps == list(range(1, stopped_at + 3))
 
-    whole = launch(*tiny, f"run.dir={folder}/whole", f"train.max_steps={stopped_at + 2}", "train.epochs=500")
+    whole = call(submit.main, *tiny, f"run.dir={folder}/whole", f"train.max_steps={stopped_at + 2}", "train.epochs=500")
     assert whole.returncode == 0, whole.stdout + whole.stderr
     uninterrupted = load_file(folder / "whole" / "student.safetensors")
     for name, tensor in load_file(run.student_file).items():
@@ -170,17 +176,18 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_command_goes_on(tiny, folde
 
 
 @pytest.mark.slow
-def test_imagefolder_gives_the_same_run_without_ffcv(tiny, folder):
-    data = [f"data.train={folder}/train", f"data.val={folder}/val", "data.format=imagefolder"]
-    found = launch(*tiny, *data, f"run.dir={folder}/tree", "train.max_steps=2")
+def test_imagefolder_gives_the_same_run_without_ffcv(tiny, without_ffcv, folder):
+    found = call(submit.main, *tiny, *without_ffcv, f"run.dir={folder}/tree", "train.max_steps=2")
     assert found.returncode == 0, found.stdout + found.stderr
     assert f"of {VAL} images" in found.stdout
 
 
 @pytest.mark.slow
-def test_a_mistake_that_only_the_job_can_find_is_one_line_too(tiny, folder):
-    found = launch(
+def test_a_mistake_that_only_the_job_can_find_is_one_line_too(tiny, without_ffcv, folder):
+    found = call(
+        submit.main,
         *tiny,
+        *without_ffcv,
         "loss.alpha=0.2",
         "teacher.name=resnet10t",
         "teacher.checkpoint=null",
@@ -194,9 +201,9 @@ def test_a_mistake_that_only_the_job_can_find_is_one_line_too(tiny, folder):
 
 
 @pytest.mark.slow
-def test_a_crashed_rank_is_reported_with_where_to_look(tiny, folder):
+def test_a_crashed_rank_is_reported_with_where_to_look(tiny, without_ffcv, folder):
     process = subprocess.Popen(
-        [sys.executable, "launch/submit.py", *tiny, f"run.dir={folder}/crashed", "train.epochs=500"],
+        [sys.executable, "launch/submit.py", *tiny, *without_ffcv, f"run.dir={folder}/crashed", "train.epochs=500"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -14,6 +14,7 @@ from pathlib import Path
 import kill_campaign
 import psutil
 import pytest
+import submit
 
 from tdkd_dist.cluster.follow import QUEUE_POLL_S
 from tdkd_dist.cluster.status import cancel, describe_run
@@ -24,7 +25,7 @@ from tdkd_dist.run.record import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SANDBOX = str(ROOT / "tools" / "slurm_sandbox.sh")
-EPOCHS = 60
+EPOCHS = 30
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
@@ -41,13 +42,18 @@ def sandbox() -> Iterator[dict[str, str]]:
         subprocess.run([SANDBOX, "down"], check=True)
 
 
+@pytest.fixture
+def in_sandbox(sandbox: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's programs that this process starts talk to the sandbox."""
+    monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
+
+
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run of three steps an epoch on both nodes."""
-    folder = tmp_path_factory.mktemp("slurm")
-    beton = kill_campaign.prepare(folder)
+    """A run of three steps an epoch on both nodes, without FFCV, which generates code at every start."""
+    tree = kill_campaign.make_tree(tmp_path_factory.mktemp("slurm"))
     return (
-        f"recipe=fashion_sew site=sandbox data.train={beton} data.val={beton} data.image_size=16"
+        f"recipe=fashion_sew site=sandbox data.format=imagefolder data.train={tree} data.val={tree} data.image_size=16"
         " data.crop=random_resized student.num_classes=3 student.width=8 student.num_timesteps=2 loss.alpha=0"
         f" train.epochs={EPOCHS} train.batch_size=16 train.log_every=1 wandb.mode=disabled"
     ).split()
@@ -124,9 +130,8 @@ def test_preemptions_and_time_outs_do_not_count(sandbox, command, tmp_path, monk
     monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
     folder = RunFolder(tmp_path / "cut")
     options = ["launcher.nodes=1", "launcher.partition=low", "launcher.time_min=10", "launcher.max_restarts=1",
-               "data.format=imagefolder", "train.epochs=60", "eval.every=60", f"run.dir={folder.path}"]  # fmt: skip
-    tree = Path(next(a for a in command if a.startswith("data.train=")).removeprefix("data.train=")).parent / "tree"
-    process = start(sandbox, *command, f"data.train={tree}", f"data.val={tree}", *options)
+               "train.epochs=60", "eval.every=60", f"run.dir={folder.path}"]  # fmt: skip
+    process = start(sandbox, *command, *options)
     wait_for(lambda: folder.metrics_file.exists() and read_rows(folder.metrics_file), "the first step")
     job = folder.read_job()
     assert job is not None
@@ -151,8 +156,8 @@ def test_three_kills_leave_no_trace(sandbox, tmp_path, monkeypatch):
     """CI's share of the kill campaign: a rank, all ranks and a node's daemon, at random moments of one run."""
     monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
     data = kill_campaign.prepare(tmp_path)
-    reference = kill_campaign.run_reference(tmp_path, data)
-    rows = kill_campaign.hurt_run(RunFolder(tmp_path / "hurt"), data, reference, random.Random(0))
+    reference = kill_campaign.run_reference(tmp_path, data, kill_campaign.SHORT)
+    rows = kill_campaign.hurt_run(RunFolder(tmp_path / "hurt"), data, reference, random.Random(0), kill_campaign.SHORT)
     for row in rows:
         assert row["hurt"]
         assert row["survived"]
@@ -223,9 +228,9 @@ def test_ranks_are_given_their_gpus_and_their_share_of_the_cpus(sandbox, tmp_pat
         (["launcher.constraint=h100"], "Invalid feature specification"),
     ],
 )
-def test_slurms_own_words_reach_the_user(sandbox, command, tmp_path, options, words):
-    code, said = finish(start(sandbox, *command, f"run.dir={tmp_path}/x", *options))
-    assert code == 2
+def test_slurms_own_words_reach_the_user(in_sandbox, command, tmp_path, capsys, options, words):
+    assert submit.main([*command, f"run.dir={tmp_path}/x", *options]) == 2
+    said = capsys.readouterr().err
     assert "error: Slurm refused the job: sbatch: error: " in said
     assert words in said
 
@@ -237,15 +242,14 @@ def test_slurms_own_words_reach_the_user(sandbox, command, tmp_path, options, wo
         ("launcher.nodes=4", "launcher.nodes=4: partition main has 2"),
     ],
 )
-def test_a_job_that_could_never_start_is_not_submitted(sandbox, command, tmp_path, option, words):
-    code, said = finish(start(sandbox, *command, f"run.dir={tmp_path}/x", option))
-    assert code == 2
-    (line,) = said.splitlines()
+def test_a_job_that_could_never_start_is_not_submitted(in_sandbox, command, tmp_path, capsys, option, words):
+    assert submit.main([*command, f"run.dir={tmp_path}/x", option]) == 2
+    (line,) = "".join(capsys.readouterr()).splitlines()
     assert line.startswith(f"error: {words}")
     assert line.endswith("Slurm could never start this job")
     assert not (tmp_path / "x").exists()
-    code, said = finish(start(sandbox, *command, "--dry-run", option, "launcher.network_interface=null"))
-    assert code == 0
+    assert submit.main([*command, "--dry-run", option, "launcher.network_interface=null"]) == 0
+    said = capsys.readouterr().out
     assert f"note: Slurm could never start this job: {words}" in said
     assert "note: launcher.network_interface is not set" in said
 
@@ -279,11 +283,11 @@ def test_a_job_that_waits_in_vain_says_why_and_what_to_change(sandbox, command, 
     assert said.count(f"job {job['job_id']} waits, {mend}") == 1
 
 
-def test_the_batch_script_is_shown_without_leaving_anything(sandbox, command, tmp_path):
+def test_the_batch_script_is_shown_without_leaving_anything(in_sandbox, command, tmp_path, capsys):
     options = ["launcher.qos=high", "launcher.constraint=h100", "launcher.setup=[module load cuda]",
                "launcher.sbatch.reservation=mine", "launcher.srun_args=[--mpi=none]"]  # fmt: skip
-    code, said = finish(start(sandbox, *command, f"run.dir={tmp_path}/x", "--dry-run", *options))
-    assert code == 0, said
+    assert submit.main([*command, f"run.dir={tmp_path}/x", "--dry-run", *options]) == 0
+    said = capsys.readouterr().out
     for line in ("#SBATCH --nodes=2", "#SBATCH --partition=main", "#SBATCH --qos=high", "#SBATCH --constraint=h100",
                  "#SBATCH --reservation=mine", "#SBATCH --signal=USR2@30", "module load cuda", "--mpi=none",
                  "--kill-on-bad-exit=1", "scontrol requeue"):  # fmt: skip

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,29 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tdkd_dist.command_line import publish
+from tdkd_dist.data.beton.writing import write
+from tdkd_dist.data.sources import open_source
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.log import format_seconds
 from tdkd_dist.run.record import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ("node", "rank", "all")
-EPOCHS, STEPS_PER_EPOCH = 600, 3
+STEPS_PER_EPOCH = 3
 NODES = ("tdkd-n1", "tdkd-n2")
 PATIENCE_S = 600
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is, and within how many steps after the last it is hurt again."""
+
+    epochs: int
+    within: int
+
+
+LONG, SHORT = Length(600, 200), Length(480, 50)
+"""The campaign's and CI's: 1,440 steps, of which 900 may pass in the 35 s until Slurm has missed a node's daemon."""
 
 
 def main() -> int:
@@ -71,44 +86,51 @@ def prepare(work: Path) -> Path:
     """The beton that all runs train on."""
     beton = work / "x.beton"
     if not beton.exists():
-        rng = np.random.default_rng(0)
-        for i in range(16 * STEPS_PER_EPOCH):
-            path = work / "tree" / f"class{i % 3}" / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(70 * (i % 3), 70 * (i % 3) + 90, (20, 20, 3), dtype=np.uint8)).save(path)
-        subprocess.run([sys.executable, "tools/write_beton.py", str(work / "tree"), str(beton)], cwd=ROOT, check=True)
+        write(open_source(make_tree(work)), beton)
     return beton
 
 
-def start(data: Path, folder: Path) -> subprocess.Popen[str]:
-    """Submit the run in `folder` and follow it."""
+def make_tree(work: Path) -> Path:
+    """Three classes of pictures, of `STEPS_PER_EPOCH` batches of 16."""
+    rng = np.random.default_rng(0)
+    for i in range(16 * STEPS_PER_EPOCH):
+        path = work / "tree" / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(70 * (i % 3), 70 * (i % 3) + 90, (20, 20, 3), dtype=np.uint8)).save(path)
+    return work / "tree"
+
+
+def start(data: Path, folder: Path, length: Length, *, saves: bool = True) -> subprocess.Popen[str]:
+    """Submit the run in `folder` and follow it; it saves at every step, or after each epoch alone."""
     arguments = (
         f"recipe=fashion_sew site=sandbox data.train={data} data.val={data} data.image_size=16 student.num_classes=3"
         " student.width=16 student.num_timesteps=4 loss.alpha=0 train.batch_size=16 train.log_every=1"
-        f" train.epochs={EPOCHS} train.save_every_steps=1 eval.every=50 launcher.max_restarts=9"
-        f" launcher.hang_timeout_min=1 wandb.mode=disabled run.dir={folder}"
+        f" train.epochs={length.epochs} train.save_every_steps={1 if saves else 'null'} eval.every=50"
+        f" launcher.max_restarts=9 launcher.hang_timeout_min=1 wandb.mode=disabled run.dir={folder}"
     ).split()
     command = [sys.executable, "launch/submit.py", *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run_reference(work: Path, data: Path) -> RunFolder:
-    """The unhurt run."""
+def run_reference(work: Path, data: Path, length: Length = LONG) -> RunFolder:
+    """The unhurt run, which needs no checkpoints."""
     folder = RunFolder(work / "reference")
-    process = start(data, folder.path)
+    process = start(data, folder.path, length, saves=False)
     output, _ = process.communicate(timeout=PATIENCE_S)
     if process.returncode != 0:
         raise SystemExit(f"the reference run failed:\n{output}")
     return folder
 
 
-def hurt_run(folder: RunFolder, data: Path, reference: RunFolder, draw: random.Random) -> list[dict[str, Any]]:
+def hurt_run(
+    folder: RunFolder, data: Path, reference: RunFolder, draw: random.Random, length: Length = LONG
+) -> list[dict[str, Any]]:
     """One run that is hurt in each way, one after the other; what became of it, a row each."""
-    process = start(data, folder.path)
+    process = start(data, folder.path, length)
     try:
         # Slurm misses a daemon only after half a minute, and until then the ranks go on: the node comes first.
         kinds = ["node", *draw.sample(["rank", "all"], 2)]
-        rows = [hurt(kind, k + 1, process, folder, draw) for k, kind in enumerate(kinds)]
+        rows = [hurt(kind, k + 1, process, folder, draw, length.within) for k, kind in enumerate(kinds)]
         process.communicate(timeout=PATIENCE_S)
         survived = process.returncode == 0 and same_weights(reference, folder)
     except (TimeoutError, subprocess.TimeoutExpired):
@@ -120,10 +142,10 @@ def hurt_run(folder: RunFolder, data: Path, reference: RunFolder, draw: random.R
 
 
 def hurt(
-    kind: str, count: int, process: subprocess.Popen[str], folder: RunFolder, draw: random.Random
+    kind: str, count: int, process: subprocess.Popen[str], folder: RunFolder, draw: random.Random, within: int
 ) -> dict[str, Any]:
-    """Hurt a run for the `count`-th time, at a random moment of its next 200 steps; what that cost."""
-    wait_for_step(folder, last_step(folder) + draw.randint(1, 200))
+    """Hurt a run for the `count`-th time, at a random moment of its next `within` steps; what that cost."""
+    wait_for_step(folder, last_step(folder) + draw.randint(1, within))
     time.sleep(draw.uniform(0, 0.2))  # anywhere within a step or a save
     before, saving = last_step(folder), bool(list(folder.checkpoints.glob("*.tmp")))
     killed = time.monotonic()
