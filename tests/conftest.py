@@ -35,6 +35,7 @@ TIMED = {"test_hang", "test_heartbeat", "test_wandb"}
 """Modules with deadlines of seconds, which share a worker so as not to disturb each other."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         name = item.path.stem
