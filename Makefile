@@ -44,7 +44,7 @@ quickstart: $(VENV)/.ready data/fashion_train.beton data/fashion_val.beton ## th
 
 test: $(VENV)/.ready ## lint, types and all tests but those that need a GPU
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -m "not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	@$(PY) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready ## ruff and mypy
 	@$(VENV)/bin/ruff check .

@@ -31,20 +31,12 @@ LONGEST = ["test_slurm", "test_launch", "test_batch_norm", "test_fast_path", "te
 """Modules that are started first, since a worker runs a module whole: what they share is then made once."""
 
 
-TIMED = {"test_hang", "test_heartbeat", "test_wandb"}
-"""Modules with deadlines of seconds, which share a worker so as not to disturb each other."""
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         name = item.path.stem
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("timed" if item.path.stem in TIMED else item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)
