@@ -87,7 +87,8 @@ def test_batch_norms_are_synchronised_and_activity_is_counted_without_energy():
     )
     assert row["activity_images"] == 6
     assert len(row["firing_rates"]) == 15
-    assert all(0 < row[f"firing_rate_t{t}"] < 1 for t in range(1, T + 2))
+    assert len(row["firing_rate"]) == T + 1
+    assert all(0 < rate < 1 for rate in row["firing_rate"])
     assert not [key for key in row if "energy" in key or "synops" in key or "macs" in key]
     assert "energy_mj" not in row["exit_confidence"]
     assert net.num_timesteps == T
