@@ -113,6 +113,7 @@ def one_graph_and_two_all_reduces(rank: int, world_size: int, names: list[str]) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # the deep networks take Dynamo minutes
 def test_every_student_is_one_graph_with_an_all_reduce_a_layer_and_direction():
     """All as one rank of two sees them, since Dynamo takes long for a deep one; two networks on both ranks."""
     run_without_peers(one_graph_and_two_all_reduces, RANKS, [*spiking_names(), *PLAIN])
