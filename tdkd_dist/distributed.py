@@ -19,6 +19,8 @@ PATIENCE = timedelta(days=7)
 
 # Flags, names and barriers travel over gloo, so that agreeing on them never waits for the GPU's queue of work.
 _control: dist.ProcessGroup | None = None
+_replaced: dict[str, str | None] = {}
+"""What `start_here` replaced in the environment."""
 
 
 def start(device: torch.device, timeout: timedelta = TIMEOUT) -> None:
@@ -34,10 +36,15 @@ def start(device: torch.device, timeout: timedelta = TIMEOUT) -> None:
 
 
 def start_here(rank: int, world_size: int, port: int, device: torch.device, *, timeout: timedelta = TIMEOUT) -> None:
-    """Join a process group whose ranks are all on this machine, without a launcher: for tests and benchmarks."""
+    """Join a process group whose ranks are all on this machine, without a launcher: for tests and benchmarks.
+
+    `stop` puts the environment back: a run launched later from this process would take the group's port for its own.
+    """
     facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in facts.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    ours = {name: str(value) for name, value in facts.items()}
+    ours |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    _replaced.update({name: os.environ.get(name) for name in ours})
+    os.environ |= ours
     start(device, timeout)
 
 
@@ -55,6 +62,12 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _control = None
+    for name, value in _replaced.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _replaced.clear()
 
 
 def rank() -> int:

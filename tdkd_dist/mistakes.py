@@ -8,12 +8,20 @@ from contextlib import contextmanager
 
 
 class Mistake(ValueError):  # noqa: N818 (a fault of the user, not an error of ours)
-    """What a user can mend: one line, or the lines of all that was found together."""
+    """What a user can mend: one line, or the lines of all that was found together; control characters are escaped."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
     @property
     def lines(self) -> list[str]:
         """A line a mistake."""
         return str(self).splitlines()
+
+
+def printable(text: str) -> str:
+    """`text`, whose control characters, and bytes that were no UTF-8, are spelt out: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def require(condition: bool, message: str) -> None:
