@@ -27,9 +27,10 @@ data.sources data.beton.manifest
 data.beton.writing data.beton.verify data.beton.staging data.checks data.ffcv_reader data.folder_reader
 data.loaders
 validate
-run.heartbeat run.figures run.log run.folder
+run.heartbeat run.figures run.log run.progress
+run.folder
 run.record
-training.compilation training.guard training.meter
+training.compilation training.guard training.meter training.state
 training.engine
 training.checkpoint training.step
 training.rank

@@ -1,44 +1,29 @@
 """Atomic checkpoints of a run's whole state, and restoring the newest valid one.
 
-A checkpoint is a folder `step-00001234` with the engine's state, one file a rank with its random generators and
-batch-norm statistics, the run's own facts, and a manifest of checksums. It is written under another name and renamed
-when it is complete.
+A checkpoint is a folder `step-00001234` with the state that all ranks share, one file a rank with its random
+generators, batch-norm statistics and share of a partitioned optimiser, the run's own facts, and a manifest of
+checksums. It is written under another name and renamed when it is complete. Nothing in it can run code when it is read.
 """
 
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tdkd_dist import distributed
 from tdkd_dist.files import write_text
+from tdkd_dist.run.progress import Progress, list_checkpoints, read_progress, write_progress
 from tdkd_dist.training.engine import Engine
+from tdkd_dist.training.state import generator_states, read_state, set_generator_states, understanding
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.pt"
 LATEST, BEST = "latest", "best"
 """Files in the folder that name a checkpoint."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with the weights."""
-
-    epoch: int = 0
-    """The epoch in hand; equal to `train.epochs` when all are done."""
-    step_in_epoch: int = 0
-    """Optimiser steps of it already taken."""
-    global_step: int = 0
-    best: float = -1.0
-    """Best validation so far: mean over t of top-1, in per cent."""
-    wandb_id: str | None = None
 
 
 def save(
@@ -55,9 +40,10 @@ def save(
     if distributed.rank() == 0:
         failure = _attempt(lambda: _make_empty(temporary))
     distributed.barrier()
-    failure = engine.save(temporary) or failure
-    own = temporary / f"rank-{distributed.rank()}.pt"
-    failure = failure or _attempt(lambda: torch.save(_rank_state(engine), own))
+    if distributed.rank() == 0:
+        failure = failure or _attempt(lambda: torch.save(engine.state(), temporary / STATE))
+    own = temporary / _of_rank(distributed.rank())
+    failure = failure or _attempt(lambda: torch.save(engine.rank_state() | generator_states(), own))
     (failed,) = distributed.any_rank(failure is not None)
     if not failed and distributed.rank() == 0:
         failure = _attempt(lambda: _complete(folder, temporary, name, progress, best))
@@ -75,17 +61,22 @@ def save(
 
 
 def restore(folder: Path, engine: Engine, say: Callable[[str], None]) -> Progress | None:
-    """Take up the newest valid checkpoint in `folder`; None if there is none. Every rank must call it."""
+    """Take up the newest valid checkpoint in `folder`; None if there is none. Every rank must call it.
+
+    Raises `Mistake` for a checkpoint that is none of this version's, or of another run.
+    """
     name = distributed.from_rank_0(_newest_valid(folder, say) if distributed.rank() == 0 else None)
     if name is None:
         return None
     path = folder / name
-    engine.load(path)
-    own = path / f"rank-{distributed.rank()}.pt"
-    if own.is_file():
-        # To the CPU first: a GPU of that number need not be here.
-        _set_rank_state(engine, torch.load(own, map_location="cpu", weights_only=False))
-    return Progress(**json.loads((path / "progress.json").read_text()))
+    progress, world_size = read_progress(path)
+    state = read_state(path / STATE)
+    of_ranks = [read_state(path / _of_rank(rank)) for rank in range(world_size)]
+    with understanding(path):
+        engine.load(state, of_ranks)
+        if world_size == distributed.world_size():
+            set_generator_states(of_ranks[distributed.rank()])
+    return progress
 
 
 def warn_of_short_notice(save_s: float, notice_s: float) -> str | None:
@@ -107,21 +98,17 @@ def best_checkpoint(folder: Path) -> Path | None:
     return path if path.is_dir() and path != folder else None
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, newest first."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.suffix != ".tmp"]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
-
-
 def find_damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, or None if every file matches its checksum."""
+    """What is wrong with the checkpoint at `path`, or None if every file is there and matches its checksum."""
     try:
-        checksums: dict[str, str] = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        checksums: Any = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError):
+        checksums = None
+    if not isinstance(checksums, dict):
         return "its manifest is missing or unreadable"
     for name, checksum in checksums.items():
         file = path / name
-        if not file.is_file():
+        if "/" in name or not file.is_file():
             return f"{name} is missing"
         if _sha256(file) != checksum:
             return f"{name} does not match its checksum"
@@ -143,7 +130,7 @@ def _make_empty(path: Path) -> None:
 
 
 def _complete(folder: Path, temporary: Path, name: str, progress: Progress, best: bool) -> None:
-    (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
+    write_progress(temporary, progress, distributed.world_size())
     checksums = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
     (temporary / MANIFEST).write_text(json.dumps(checksums, indent=1))
     shutil.rmtree(folder / name, ignore_errors=True)
@@ -168,30 +155,10 @@ def _newest_valid(folder: Path, say: Callable[[str], None]) -> str | None:
     return None
 
 
+def _of_rank(rank: int) -> str:
+    return f"rank-{rank}.pt"
+
+
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _rank_state(engine: Engine) -> dict[str, Any]:
-    return {
-        "world_size": distributed.world_size(),
-        "buffers": engine.rank_buffers(),
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_rank_state(engine: Engine, states: dict[str, Any]) -> None:
-    if states["world_size"] != distributed.world_size():
-        # Statistics of other shares of the data: rank 0's, which the engine restored, are as good for everyone.
-        return
-    for name, buffer in engine.rank_buffers().items():
-        buffer.copy_(states["buffers"][name])
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

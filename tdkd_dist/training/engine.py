@@ -6,8 +6,7 @@ The only file that knows DeepSpeed. Its launcher is not used: the process group 
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import timm.optim
@@ -20,8 +19,8 @@ from tdkd_dist import distributed
 from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.config import Config
 from tdkd_dist.training.compilation import compile_training
+from tdkd_dist.training.state import require_optimizer_state, require_same_form
 
-STATE_TAG = "engine"
 REDUCE_BUCKET = 10_000_000
 """Gradients that a ZeRO stage sends at a time: 40 MB."""
 
@@ -64,6 +63,7 @@ class Engine:
             filter_bias_and_bn=not optim.decay_all,
             **_fused(optim.name),
         )
+        self._partitioned = config.train.zero_stage > 0
         self._by_step = optim.schedule_on == "step"
         self._schedule, _ = create_scheduler_v2(
             self._optimizer,
@@ -161,24 +161,66 @@ class Engine:
         networks = {"student": self.student} | ({"ema": self.ema.module} if self.ema is not None else {})
         return {f"{key}.{name}": buffer for key, net in networks.items() for name, buffer in net.named_buffers()}
 
-    def save(self, folder: Path) -> Exception | None:
-        """Write the whole state into `folder`; every rank must call it. Returns what kept this rank from writing."""
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What all ranks have alike: tensors, numbers and plain containers, on this rank's device."""
+        return {
             "global_step": self.global_step,
+            "student": self.student.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": None if self._partitioned else self._optimizer.state_dict(),
         }
-        with _FailuresOf(self._deepspeed.checkpoint_engine) as failures:
-            self._deepspeed.save_checkpoint(str(folder), tag=STATE_TAG, client_state=state, save_latest=False)
-        return failures.first
 
-    def load(self, folder: Path) -> None:
-        """Take up the state that `save` wrote in `folder`."""
-        path, state = self._deepspeed.load_checkpoint(str(folder), tag=STATE_TAG, load_lr_scheduler_states=False)
-        assert path is not None, f"DeepSpeed found no state in {folder}"
-        self.global_step = state["global_step"]
-        if self.ema is not None and state["ema"] is not None:
+    def rank_state(self) -> dict[str, Any]:
+        """What this rank alone has: its batch-norm statistics, and under ZeRO its part of the optimiser's state."""
+        return {
+            "buffers": self.rank_buffers(),
+            "optimizer": self._optimizer.state_dict() if self._partitioned else None,
+        }
+
+    def load(self, state: dict[str, Any], of_ranks: list[dict[str, Any]]) -> None:
+        """Take up a `state`, and the `rank_state` of every rank that saved one, on any number of ranks.
+
+        Raises `Mistake` if they are of another run, or of none, before anything is changed.
+        """
+        optimizer = self._join_partitions(of_ranks) if self._partitioned else state["optimizer"]
+        # Of other shares of the data, rank 0's statistics, which come with the student, are as good for everyone.
+        own = of_ranks[distributed.rank()]["buffers"] if len(of_ranks) == distributed.world_size() else {}
+        require_same_form(state["student"], self.student.state_dict(), "student")
+        if self.ema is not None:
+            require_same_form(state["ema"], self.ema.module.state_dict(), "ema")
+        if own:
+            require_same_form(own, self.rank_buffers(), "batch norms")
+        require_optimizer_state(optimizer, self._optimizer)
+        step = int(state["global_step"])
+        self.student.load_state_dict(state["student"])
+        if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        self._optimizer.load_state_dict(optimizer)
+        if self._partitioned:
+            self._deepspeed.optimizer.refresh_fp32_params()
+        for name, buffer in self.rank_buffers().items() if own else ():
+            buffer.copy_(own[name])
+        self.global_step = step
         self._set_rate()
+
+    def _join_partitions(self, of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        """This rank's part of the optimiser's state, cut from the parts of all ranks that saved theirs.
+
+        Under ZeRO a parameter group is one flat tensor, padded and cut into a part for each rank.
+        """
+        parts = [rank["optimizer"] for rank in of_ranks]
+        if len(parts) == distributed.world_size():
+            return parts[distributed.rank()]  # type: ignore[no-any-return]
+        state: dict[int, dict[str, Any]] = {}
+        for group, flat in enumerate(self._deepspeed.optimizer.single_partition_of_fp32_groups):
+            size, start = flat.numel(), flat.numel() * distributed.rank()
+            wanted = sum(p.numel() for p in self._deepspeed.optimizer.bit16_groups[group])
+            for key, value in parts[0]["state"].get(group, {}).items():
+                if torch.is_tensor(value) and value.ndim > 0:
+                    whole = torch.cat([part["state"][group][key] for part in parts])[:wanted]
+                    value = torch.nn.functional.pad(whole[start : start + size], (0, size))[:size]
+                state.setdefault(group, {})[key] = value
+        return {"state": state, "param_groups": parts[0]["param_groups"]}
 
     def _set_rate(self) -> None:
         # timm's schedules are functions of the step alone, so that resuming needs no state of theirs.
@@ -225,33 +267,3 @@ def _copy_by_type(destinations: list[Tensor], sources: Iterable[Tensor]) -> None
         pair[1].append(source)
     for pair in by_type.values():
         torch._foreach_copy_(*pair)
-
-
-class _FailuresOf:
-    """While open, failures to write are kept here instead of raised: DeepSpeed has barriers after the writing, at
-    which the other ranks would wait for the one that failed.
-    """
-
-    def __init__(self, writer: Any) -> None:
-        self._writer, self.first = writer, None
-
-    first: Exception | None
-
-    def __enter__(self) -> "_FailuresOf":
-        for name in ("save", "makedirs"):
-            setattr(self._writer, name, self._keeping(getattr(self._writer, name)))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for name in ("save", "makedirs"):
-            delattr(self._writer, name)  # uncovers the class's own
-
-    def _keeping(self, write: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **keywords: Any) -> Any:
-            try:
-                return write(*arguments, **keywords)
-            except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-                self.first = self.first or error
-                return None
-
-        return wrapped

@@ -22,8 +22,8 @@ from tdkd_dist.run.figures import draw_accuracy_against_timestep
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import Heartbeat
 from tdkd_dist.run.log import Log
+from tdkd_dist.run.progress import Progress
 from tdkd_dist.run.record import Record, format_table
-from tdkd_dist.training.checkpoint import Progress
 from tdkd_dist.training.engine import use_bf16
 from tdkd_dist.validate import validate
 from tdkd_dist.weights import save_student

@@ -23,11 +23,12 @@ from tdkd_dist.mistakes import Mistake
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import Heartbeat
 from tdkd_dist.run.log import Log, format_seconds
+from tdkd_dist.run.progress import Progress
 from tdkd_dist.run.record import Record
 from tdkd_dist.students import choose_recomputed, create_student
 from tdkd_dist.teachers import Teacher, create_teacher
 from tdkd_dist.training import checkpoint
-from tdkd_dist.training.checkpoint import Progress, warn_of_short_notice
+from tdkd_dist.training.checkpoint import warn_of_short_notice
 from tdkd_dist.training.compilation import compiles
 from tdkd_dist.training.guard import StepGuard
 from tdkd_dist.training.meter import TrainMeter

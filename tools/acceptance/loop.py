@@ -24,6 +24,7 @@ from tdkd_dist.data.crops import Ints
 from tdkd_dist.data.loaders import TrainLoader, ValLoader
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import Heartbeat
+from tdkd_dist.run.progress import Progress
 from tdkd_dist.run.record import read_rows
 from tdkd_dist.students import SpikingNet, create_student
 from tdkd_dist.training import checkpoint, trainer
@@ -228,7 +229,7 @@ def restore(scale: Scale) -> Found:
         folder = Path(name)
         first = _Run(scale)
         first.steps(0, 2)
-        progress = checkpoint.Progress(global_step=2)
+        progress = Progress(global_step=2)
         saved = checkpoint.save(folder, first.engine, progress, keep=1, best=False, say=print)
         went_on = first.steps(2, 4)
         again = first.restored(folder).steps(2, 4)

@@ -22,9 +22,9 @@ from tdkd_dist import distributed
 from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.config import Config, StudentConfig, TrainConfig
 from tdkd_dist.mistakes import Mistake
+from tdkd_dist.run.progress import Progress, list_checkpoints
 from tdkd_dist.students import create_student
 from tdkd_dist.training import checkpoint
-from tdkd_dist.training.checkpoint import Progress
 from tdkd_dist.training.engine import Engine
 
 
@@ -71,7 +71,7 @@ def measure(name: str, folder: Path, rounds: int) -> str:
             progress = Progress(global_step=k)
             saves.append(seconds(lambda: checkpoint.save(here, engine, progress, keep=2, best=False, say=print)))  # noqa: B023
             restores.append(seconds(lambda: checkpoint.restore(here, engine, print)))
-        newest = checkpoint.list_checkpoints(here)[0]
+        newest = list_checkpoints(here)[0]
         size = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
     ratio = statistics.median(save / bare for save, bare in zip(saves, bares, strict=True))
     share = statistics.median(saves) / (30 * 60)

@@ -28,12 +28,12 @@ LIMIT_S = 20
 SHOWN = 5
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """What must not happen."""
 
 
 def attempt(case: Case, seed: str) -> bool:
-    """Try one case in an empty folder: whether the input was taken (True) or refused. Raises `Fault`."""
+    """Try one case in an empty folder: whether the input was taken (True) or refused. Raises `FaultError`."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"more than {LIMIT_S} s")
@@ -46,10 +46,10 @@ def attempt(case: Case, seed: str) -> bool:
         return True
     except Mistake as mistake:
         if not mistake.lines or not all(line.isprintable() and line.strip() for line in mistake.lines):
-            raise Fault(f"not a line: {str(mistake)!r}") from mistake
+            raise FaultError(f"not a line: {str(mistake)!r}") from mistake
         return False
     except Exception as error:
-        raise Fault("".join(traceback.format_exception(error)[-6:])) from error
+        raise FaultError("".join(traceback.format_exception(error)[-6:])) from error
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -90,7 +90,7 @@ def try_area(name: str, case: Case, cases: int, seed: int) -> Counter[str]:
     for k in range(cases):
         try:
             found["taken" if attempt(case, f"{seed}-{k}") else "refused"] += 1
-        except Fault as fault:
+        except FaultError as fault:
             found["fault"] += 1
             if found["fault"] <= SHOWN:
                 print(f"FAULT: --repeat {name!r} {seed}-{k}\n{fault}", flush=True)
