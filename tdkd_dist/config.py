@@ -23,10 +23,20 @@ class RunConfig(Section):
     section: ClassVar[str] = "run"
     name: str = ""
     """The recipe's name unless given; the same name again resumes the run."""
-    seed: int = 0
+    seed: int = limited(0, "[0, 4294967295]")
     """Fixes initialisation, data order and augmentation."""
     dir: str | None = None
     """The run folder itself; None: `runs/NAME`."""
+    allow_other_data: bool = False
+    """Go on with a run on data that is not what it trained on so far; the record says from which step on."""
+
+    def check_together(self, found: Mistakes) -> None:
+        """What a path may be."""
+        name, place = self.name, self.dir
+        fits = not set(name) & set("/\\") and name[:1] not in (".", "-") and len(name) <= 200
+        found.require(fits, f"run.name={name[:200]}: must be one part of a path, such as my_run")
+        fits = place is None or (bool(place.strip("\0 ")) and not Path.cwd().is_relative_to(Path(place).resolve()))
+        found.require(fits, f"run.dir={place}: must be a folder for this run alone, such as runs/my_run")
 
     @property
     def folder(self) -> Path:
@@ -44,11 +54,11 @@ class DataConfig(Section):
     val: str | None = None
     format: Literal["ffcv", "imagefolder"] = "ffcv"
     """`imagefolder` reads pictures one by one through torch's DataLoader, without ffcv."""
-    image_size: int = limited(224, ">= 1")
+    image_size: int = limited(224, ">= 1", most=4096)
     """Side of the crop that student and teacher see, in pixels."""
     stage_to: str | None = None
     """Copy betons to this folder on each node's own disk first, such as `$SLURM_TMPDIR` or `/scratch`."""
-    workers: int | None = limited(None, ">= 1")
+    workers: int | None = limited(None, ">= 1", most=1024)
     """Loader threads a rank; None: this rank's share of the job's cores."""
     crop: Literal["random_resized", "shift", "none"] = "random_resized"
     """In training: `random_resized` (area 0.08 to 1), `shift` (zero-padded by image_size / 8, as on CIFAR), `none`."""
@@ -57,21 +67,21 @@ class DataConfig(Section):
     """torchvision's AutoAugment policy, after crop and flip, filling with grey; needs `format=imagefolder`."""
     color_jitter: float = limited(0.0, "[0, 1]", "0: off")
     """Brightness, contrast and saturation times 1 +- this, in random order, after cutout or erasing; 0: off."""
-    cutout: int = limited(0, ">= 0", "0: none")
+    cutout: int = limited(0, ">= 0", "0: none", most=4096)
     """Side of the black square put around a random pixel of each training crop; 0: none."""
     erasing: float = limited(0.0, "[0, 1]")
     """Probability of filling a random box of the training crop with the mean (random erasing)."""
-    mixup: float = limited(0.0, ">= 0", "0: off")
+    mixup: float = limited(0.0, ">= 0", "0: off", most=100)
     """Parameter of the beta distribution by which whole micro-batches are mixed, with their labels; 0: off."""
-    cutmix: float = limited(0.0, ">= 0", "0: off")
+    cutmix: float = limited(0.0, ">= 0", "0: off", most=100)
     """The same for boxes cut from one picture into another; with mixup on too, each batch takes one at random."""
-    start_size: int | None = limited(None, ">= 1")
+    start_size: int | None = limited(None, ">= 1", most=4096)
     """Side of the training crops in epoch 0; it grows by multiples of 32 to `image_size` at `full_size_epoch`."""
-    full_size_epoch: int = 0
-    crop_pct: float = limited(0.875, "(0, 1]")
+    full_size_epoch: int = limited(0, ">= 0", most=1_000_000)
+    crop_pct: float = limited(0.875, "[0.01, 1]")
     """Validation: side of the centre crop over the shorter side (224 / 256)."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, float, float] = limited(IMAGENET_MEAN, "[-100, 100]")
+    std: tuple[float, float, float] = limited(IMAGENET_STD, "[0.001, 100]")
 
     def check_together(self, found: Mistakes) -> None:
         """What concerns several keys of the section."""
@@ -84,7 +94,6 @@ class DataConfig(Section):
             self.start_size is None or self.start_size <= self.image_size,
             f"data.start_size={self.start_size}: must be in 1 to data.image_size={self.image_size}",
         )
-        found.require(all(s > 0 for s in self.std), f"data.std={list(self.std)}: must be positive")
 
 
 @dataclass
@@ -111,14 +120,14 @@ class StudentConfig(Section):
     """A spiking student, or any timm model (trained as an ordinary network, one timestep)."""
     checkpoint: str | None = None
     """Start from these weights: a safetensors file that a run or `tools/import_weights.py` wrote."""
-    num_classes: int = limited(1000, ">= 1")
-    num_timesteps: int = limited(4, ">= 1")
+    num_classes: int = limited(1000, ">= 1", most=1_000_000)
+    num_timesteps: int = limited(4, ">= 1", most=1024)
     neuron: NeuronConfig = field(default_factory=NeuronConfig)
     connect: Literal["ADD", "AND", "IAND"] | None = None
     """How a SEW block joins its branches; None: the model's default, ADD."""
-    width: int | None = limited(None, ">= 1")
+    width: int | None = limited(None, ">= 1", most=8192)
     """Channels of the first stage; None: the model's default."""
-    in_chans: int = limited(3, ">= 1")
+    in_chans: int = limited(3, ">= 1", most=1024)
     drop_path: float = limited(0.0, "[0, 1)")
     """Chance that the last block's residual branch is dropped for a sample; it grows linearly from 0 at the first."""
     zero_init_last: bool | None = None
@@ -132,14 +141,14 @@ class LossConfig(Section):
     section: ClassVar[str] = "loss"
     target: Literal["temporal", "ensemble", "prefix"] = "temporal"
     """Which logits each term sees: every timestep's own, the final ensemble only, or the ensemble after each step."""
-    alpha: float = limited(0.2, ">= 0")
+    alpha: float = limited(0.2, ">= 0", most=10_000)
     """Weight of the teacher's term; 0: the teacher is not run."""
-    beta: float = limited(0.5, ">= 0")
+    beta: float = limited(0.5, ">= 0", most=10_000)
     """Weight of self-distillation."""
-    temperature: float = limited(1.0, "> 0")
+    temperature: float = limited(1.0, "[0.01, 1000]")
     self_target: Literal["ensemble", "correct_only"] = "ensemble"
     label_smoothing: float = limited(0.0, "[0, 1)")
-    consistency: float = limited(0.0, ">= 0")
+    consistency: float = limited(0.0, ">= 0", most=10_000)
     """Weight of each ensemble's cross-entropy to the next one, one timestep later (0.3 is usual); 0: off."""
     tet: float = limited(0.0, "[0, 1)")
     """Lambda of temporal efficient training: (1 - lambda) cross-entropy + lambda MSE of the logits to 1; 0: off."""
@@ -152,18 +161,18 @@ class OptimConfig(Section):
     section: ClassVar[str] = "optim"
     name: str = "momentum"
     """timm's name: `momentum` is SGD with momentum, `sgd` the same with Nesterov, `lamb`, `adamw`, ..."""
-    lr: float = limited(0.2, "> 0")
+    lr: float = limited(0.2, "> 0", most=1000)
     """For the recipe's global batch; scale it in proportion when `train.batch_size` changes."""
-    momentum: float = 0.9
-    weight_decay: float = limited(2e-5, ">= 0")
+    momentum: float = limited(0.9, "[0, 1)")
+    weight_decay: float = limited(2e-5, ">= 0", most=10)
     """On convolution and linear weights only, unless `decay_all`."""
     decay_all: bool = False
     """Weight decay on norms and biases too."""
-    clip_grad: float = limited(0.0, ">= 0", "0: no clipping")
+    clip_grad: float = limited(0.0, ">= 0", "0: no clipping", most=1_000_000)
     """Largest norm of the whole gradient; 0: no clipping."""
     schedule_on: Literal["epoch", "step"] = "epoch"
     """The cosine to 0 moves once an epoch (the paper) or at every optimiser step (short runs)."""
-    warmup_epochs: int = limited(0, ">= 0")
+    warmup_epochs: int = limited(0, ">= 0", most=1_000_000)
 
 
 @dataclass
@@ -171,13 +180,13 @@ class TrainConfig(Section):
     """Length, batches and arithmetic of the training."""
 
     section: ClassVar[str] = "train"
-    epochs: int = limited(100, ">= 0")
+    epochs: int = limited(100, ">= 0", most=1_000_000)
     """0: evaluate `student.checkpoint` and stop."""
-    max_steps: int | None = limited(None, ">= 1")
+    max_steps: int | None = limited(None, ">= 1", most=10**12)
     """Stop after so many optimiser steps, whatever `epochs` says."""
-    batch_size: int = limited(512, ">= 1")
+    batch_size: int = limited(512, ">= 1", most=10_000_000)
     """The global batch: images an optimiser step, over all ranks."""
-    micro_batch: int | None = limited(None, ">= 1")
+    micro_batch: int | None = limited(None, ">= 1", most=10_000_000)
     """Images a forward pass on one rank, at most; None: the rank's whole share. Gradients accumulate over the rest."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`bf16`: autocast, with membrane and batch norm in fp32. `auto`: bf16 on a GPU, fp32 on a CPU."""
@@ -186,7 +195,7 @@ class TrainConfig(Section):
     activation_budget: float = limited(1.0, "(0, 1]")
     """Share of its activations that a compiled student keeps for the backward pass. At 0.7 the convolutions' outputs
     alone: spikes are computed again from them. Less: some convolutions run twice. Eager, it does nothing."""
-    recompute_stages: list[int] = field(default_factory=list)
+    recompute_stages: list[int] = limited([], ">= 1", most=100)  # noqa: RUF009
     """Stages (from 1) whose blocks keep only their inputs for the backward pass: less memory, more time."""
     sync_bn: bool = True
     """Batch statistics over all ranks."""
@@ -196,15 +205,15 @@ class TrainConfig(Section):
     """Exponential moving average of the weights; 0: off."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's ZeRO stage: 0 suits students of this size."""
-    save_every_min: float = limited(30.0, "> 0")
+    save_every_min: float = limited(30.0, "> 0", most=1_000_000)
     """Minutes between checkpoints within an epoch; each epoch's end and a stop save one too."""
-    save_every_steps: int | None = limited(None, ">= 1")
+    save_every_steps: int | None = limited(None, ">= 1", most=10**12)
     """Optimiser steps between checkpoints, besides."""
-    keep_checkpoints: int = limited(2, ">= 1")
+    keep_checkpoints: int = limited(2, ">= 1", most=10_000)
     """The newest so many stay, and the one of the best validation."""
-    max_skipped: int = limited(10, ">= 0")
+    max_skipped: int = limited(10, ">= 0", most=1_000_000)
     """Steps in a row whose loss may be NaN or infinite; such a step is skipped on all ranks."""
-    log_every: int = limited(20, ">= 1")
+    log_every: int = limited(20, ">= 1", most=10**9)
     """Optimiser steps between training rows of the record."""
 
     def __post_init__(self) -> None:
@@ -220,13 +229,13 @@ class EvalConfig(Section):
     """Validation after every timestep."""
 
     section: ClassVar[str] = "eval"
-    num_timesteps: int | None = limited(None, ">= 1")
+    num_timesteps: int | None = limited(None, ">= 1", most=1024)
     """Timesteps to evaluate; None: as many as the student trains with."""
-    every: int = limited(1, ">= 1")
+    every: int = limited(1, ">= 1", most=1_000_000)
     """Epochs between validations; the last epoch is always validated."""
-    batch_size: int | None = limited(None, ">= 1")
+    batch_size: int | None = limited(None, ">= 1", most=10_000_000)
     """Images a forward pass on one rank; None: as in training."""
-    activity_images: int = limited(512, ">= 0")
+    activity_images: int = limited(512, ">= 0", most=10**9)
     """Firing rates and operations are counted on the first images of the set, about so many in all; 0: not at all."""
 
 
@@ -237,20 +246,20 @@ class LauncherConfig(Section):
     section: ClassVar[str] = "launcher"
     cluster: Literal["auto", "local", "slurm"] = "auto"
     """`auto`: Slurm if `sbatch` answers, else this machine."""
-    nodes: int = limited(1, ">= 1")
-    gpus_per_node: int = limited(0, ">= 0")
+    nodes: int = limited(1, ">= 1", most=100_000)
+    gpus_per_node: int = limited(0, ">= 0", most=64)
     """0: train on the CPU."""
-    tasks_per_node: int | None = limited(None, ">= 1")
+    tasks_per_node: int | None = limited(None, ">= 1", most=1024)
     """Ranks a node; None: one a GPU, or one."""
-    cpus_per_task: int | None = limited(None, ">= 1")
+    cpus_per_task: int | None = limited(None, ">= 1", most=4096)
     """None: an equal share of this machine's cores; on Slurm that of its GPUs in a node's CPUs, 16 at most."""
-    time_min: int = limited(7 * 24 * 60, ">= 1")
+    time_min: int = limited(7 * 24 * 60, ">= 1", most=10 * 365 * 24 * 60)
     """Time limit of one job, in minutes."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    mem_gb: int | None = limited(None, ">= 1")
+    mem_gb: int | None = limited(None, ">= 1", most=1_000_000)
     """Memory a node, on Slurm; None: the cluster's default."""
     setup: list[str] = field(default_factory=list)
     """Lines of shell that the batch script runs before the ranks start, such as `module load cuda`."""
@@ -260,11 +269,11 @@ class LauncherConfig(Section):
     """More of srun's arguments."""
     network_interface: str | None = None
     """The interface that NCCL and gloo talk over; None: they choose."""
-    signal_delay_s: int = limited(120, ">= 0")
+    signal_delay_s: int = limited(120, ">= 0", most=86_400)
     """How long before the time limit Slurm warns the job, which must be enough to save a checkpoint."""
-    hang_timeout_min: float = limited(20.0, "> 0")
+    hang_timeout_min: float = limited(20.0, "> 0", most=100_000)
     """A rank that has not moved for so long ends itself, and with it the job; longer than any compilation or save."""
-    max_restarts: int = limited(0, ">= 0")
+    max_restarts: int = limited(0, ">= 0", most=10_000)
     """How often a job that crashed is started again, from its last checkpoint."""
 
     def check_together(self, found: Mistakes) -> None:
@@ -299,7 +308,7 @@ class WandbConfig(Section):
     entity: str | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online if this user is logged in, else offline."""
-    timeout_s: float = limited(60.0, "> 0", "seconds")
+    timeout_s: float = limited(60.0, "> 0", "seconds", most=100_000)
     """The longest that a run waits for an unreachable server: once at its start, and once at its end."""
 
 
@@ -342,8 +351,13 @@ class Config:
             not self.needs_teacher or self.teacher.name is not None,
             f"loss.alpha={self.loss.alpha} needs a teacher: set teacher.name, or loss.alpha=0",
         )
+        epochs, warmup = self.train.epochs, self.optim.warmup_epochs
         found.require(
-            self.train.epochs > 0 or self.student.checkpoint is not None,
+            epochs == 0 or warmup <= epochs,
+            f"optim.warmup_epochs={warmup}: train.epochs={epochs} end before; set optim.warmup_epochs=0",
+        )
+        found.require(
+            epochs > 0 or self.student.checkpoint is not None,
             "train.epochs=0 evaluates a file: set student.checkpoint=FILE",
         )
         found.tell()

@@ -1,6 +1,7 @@
 """What a field of the configuration may be, declared beside it, and the one checker of that."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import field, fields
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -10,12 +11,17 @@ from tdkd_dist.mistakes import Mistakes
 WORDS = {">= 1": "at least 1", ">= 0": "at least 0", "> 0": "positive"}
 
 
-def limited(default: Any, limits: str, note: str = "") -> Any:
-    """A dataclass field whose value, unless None, must lie within `limits`: `>= 1`, `> 0`, or an interval `[0, 1)`.
+def limited(default: Any, limits: str, note: str = "", *, most: float | None = None) -> Any:
+    """A dataclass field whose numbers must lie within `limits`: `>= 1`, `> 0`, or an interval `[0, 1)`.
 
-    `note` is added to the message, such as what 0 means.
+    An interval says all; else the number is `most` at the most. None passes. `note` is added to the message, such as
+    what 0 means.
     """
-    return field(default=default, metadata={"limits": limits, "note": f" ({note})" if note else ""})
+    metadata = {"limits": limits, "most": most, "note": f" ({note})" if note else ""}
+    assert (most is None) == (limits[0] in "[("), "every number has a largest value"
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class Section:
@@ -28,7 +34,7 @@ class Section:
         found = Mistakes()
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
-            wanted = self._wanted(f.name, value, f.metadata.get("limits"))
+            wanted = self._wanted(f.name, value, f.metadata)
             found.require(
                 wanted is None, f"{self.section}.{f.name}={value}: must be {wanted}{f.metadata.get('note', '')}"
             )
@@ -38,15 +44,21 @@ class Section:
     def check_together(self, found: Mistakes) -> None:
         """What concerns several keys of the section."""
 
-    def _wanted(self, name: str, value: Any, limits: str | None) -> str | None:
+    def _wanted(self, name: str, value: Any, metadata: Mapping[str, Any]) -> str | None:
         """What a bad value should have been; None for a good one."""
         choices = _choices(type(self)).get(name)  # type: ignore[arg-type]
         if value is None:
             return None
         if choices is not None and value not in choices:
             return f"one of {', '.join(map(str, choices))}"
-        if limits is not None and not within(value, limits):
-            return WORDS.get(limits, f"in {limits}")
+        if isinstance(value, str) and not value.isprintable():
+            return "text without control characters"
+        limits, most = metadata.get("limits"), metadata.get("most")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if limits is not None and not within(number, limits):
+                return WORDS.get(limits, f"in {limits}")
+            if most is not None and number > most:
+                return f"at most {most:,}"
         return None
 
 

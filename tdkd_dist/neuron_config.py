@@ -1,6 +1,5 @@
 """The constants of a spiking neuron, apart from its arithmetic: reading a recipe must not wait for torch."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,11 +22,11 @@ class NeuronConfig(Section):
     kind: Literal["if", "lif", "plif"] = "lif"
     """`if`: no leak (decay 1, whatever `decay` says); `plif`: each layer learns its decay, starting from `decay`."""
     decay: float = limited(0.5, "[0, 1]")
-    threshold: float = limited(1.0, "> 0")
-    v_reset: float | None = None
+    threshold: float = limited(1.0, "> 0", most=1000)
+    v_reset: float | None = limited(None, "[-1000, 1000]")
     """None: soft reset (subtract the threshold); a number: hard reset to it."""
     surrogate: Literal["sigmoid", "atan", "rectangle", "triangle"] = "sigmoid"
-    surrogate_alpha: float | None = limited(None, "> 0")
+    surrogate_alpha: float | None = limited(None, "> 0", most=1000)
     """Slope of the surrogate gradient; None: the surrogate's own default (sigmoid 4, atan 2, the others 1)."""
     detach_reset: bool = False
     """Stop the gradient through the spike in the reset."""
@@ -39,7 +38,7 @@ class NeuronConfig(Section):
             f"student.neuron.decay={self.decay}: must be in (0, 1) for kind=plif",
         )
         found.require(
-            self.v_reset is None or -math.inf < self.v_reset < self.threshold,
+            self.v_reset is None or not self.v_reset >= self.threshold,
             f"student.neuron.v_reset={self.v_reset}: must be below student.neuron.threshold={self.threshold}",
         )
 

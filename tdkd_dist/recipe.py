@@ -8,8 +8,8 @@ import csv
 import difflib
 import itertools
 import os
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,9 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
         with found.gathered():
             merged = _merge(merged, layer)
     config = _to_config(merged, found)
-    config.run.name = config.run.name or path.stem
+    if not config.run.name:
+        # An evaluation leaves the record of the training that has the recipe's name alone.
+        config.run = replace(config.run, name=path.stem + ("" if config.train.epochs else "-eval"))
     return config
 
 
@@ -163,10 +165,32 @@ def _read_yaml(path: Path) -> Any:
 
     try:
         content = OmegaConf.load(path)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise Mistake(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     require(OmegaConf.is_dict(content), f"{path}: a recipe is a mapping of sections")
+    refuse_interpolations(content, str(path))
     return content
+
+
+def refuse_interpolations(layer: Any, where: str) -> None:
+    """Raise `Mistake` for `${...}` in a recipe's or an override's values.
+
+    OmegaConf would put an environment variable, a secret perhaps, into every copy of the configuration.
+    """
+    from omegaconf import OmegaConf
+
+    def values(node: Any) -> Iterator[Any]:
+        if isinstance(node, Mapping):
+            node = [*node.keys(), *node.values()]
+        if isinstance(node, list):
+            for part in node:
+                yield from values(part)
+        else:
+            yield node
+
+    for value in values(OmegaConf.to_container(layer, resolve=False)):
+        wrong = isinstance(value, str) and "${" in value
+        require(not wrong, f"{where}: ${{...}} is not resolved: write the value itself, or let the shell fill it in")
 
 
 def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Any]:
@@ -181,14 +205,22 @@ def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Any]:
 
 def _parse_overrides(overrides: list[str], found: Mistakes) -> list[Any]:
     """A layer an override, so that one mistake does not hide the others."""
+    import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     layers = []
     for text in overrides:
         key, equals, _ = text.partition("=")
         with found.gathered():
             require(bool(key and equals), f"{text}: an override is key=value, such as train.epochs=3")
-            layers.append(OmegaConf.from_dotlist([text]))
+            try:
+                layer = OmegaConf.from_dotlist([text])
+            except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+                reason = " ".join(str(error).split())
+                raise Mistake(f"{text[:200]}: not readable as YAML: {reason[:200]}; quote the value") from error
+            refuse_interpolations(layer, key)
+            layers.append(layer)
     return layers
 
 
@@ -199,7 +231,11 @@ def _merge(schema: Any, layer: Any) -> Any:
 
     try:
         return OmegaConf.merge(schema, layer)
-    except OmegaConfBaseException as error:
+    except (
+        OmegaConfBaseException,
+        TypeError,
+        ValueError,
+    ) as error:  # the latter two for a mapping where a list belongs
         parts = _apart(layer)
         if len(parts) > 1:
             found = Mistakes()
@@ -209,8 +245,14 @@ def _merge(schema: Any, layer: Any) -> Any:
             found.tell()
         if isinstance(error, ConfigKeyError):
             raise Mistake(_unknown_key(error.full_key or str(error.key))) from error
-        key = error.full_key or "the configuration"
+        key = getattr(error, "full_key", None) or ".".join(_first_key(layer)) or "the configuration"
         raise Mistake(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _first_key(layer: Any) -> list[str]:
+    for key, value in layer.items():
+        return [str(key), *(_first_key(value) if isinstance(value, Mapping) else [])]
+    return []
 
 
 def _apart(layer: Any) -> list[dict[str, Any]]:

@@ -1,12 +1,18 @@
 """Recipes, overrides, and the one line that each mistake gets."""
 
 import csv
+import re
 import subprocess
 import sys
+from dataclasses import Field, fields
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from tdkd_dist.config import Config, flatten
+from tdkd_dist.limits import Section
+from tdkd_dist.mistakes import Mistake
+from tdkd_dist.neuron_config import NeuronConfig
 from tdkd_dist.recipe import ACCURACY, RECIPES, expand_sweep, list_recipes, load_config, read_config, save_config
 
 
@@ -73,7 +79,24 @@ def test_what_is_saved_is_read_back(recipe, tmp_path):
         ("train.batch_size=127", "train.batch_size=127 does not divide over 2 ranks"),
         ("train.micro_batch=48", "train.micro_batch=48 does not divide a rank's share of 64 images"),
         ("train.epochs=0", "train.epochs=0 evaluates a file: set student.checkpoint=FILE"),
-        ("loss.temperature=0", "loss.temperature=0.0: must be positive"),
+        ("loss.temperature=0", "loss.temperature=0.0: must be in [0.01, 1000]"),
+        ("loss.alpha=inf", "loss.alpha=inf: must be at least 0"),
+        ("optim.momentum=nan", "optim.momentum=nan: must be in [0, 1)"),
+        ("data.mean=[nan,0,0]", "data.mean=(nan, 0.0, 0.0): must be in [-100, 100]"),
+        ("data.std=[1e-300,1,1]", "data.std=(1e-300, 1.0, 1.0): must be in [0.001, 100]"),
+        ("run.seed=18446744073709551616", "run.seed=18446744073709551616: must be in [0, 4294967295]"),
+        ("student.num_timesteps=1000000000", "student.num_timesteps=1000000000: must be at most 1,024"),
+        ("optim.warmup_epochs=99", "optim.warmup_epochs=99: train.epochs="),
+        ("run.name=..", "run.name=..: must be one part of a path"),
+        ("run.name=a/b", "run.name=a/b: must be one part of a path"),
+        ("run.dir=/", "run.dir=/: must be a folder for this run alone"),
+        ("run.dir=.", "run.dir=.: must be a folder for this run alone"),
+        ("run.dir=''", "run.dir=: must be a folder for this run alone"),
+        ("run.name=${oc.env:HOME}", "run.name: ${...} is not resolved"),
+        ("wandb.project=${run.name}", "wandb.project: ${...} is not resolved"),
+        ("train.epochs=*a", "train.epochs=*a: not readable as YAML"),
+        ("data.train=a\x1b[2J", "data.train=a\\x1b[2J: not readable as YAML"),
+        ("data.train='a\u200eb'", "data.train=a\\u200eb: must be text without control characters"),
         ("launcher.gpus_per_node=8", "launcher.tasks_per_node=2: must equal launcher.gpus_per_node=8"),
         ("nonsense", "nonsense: an override is key=value"),
     ],
@@ -83,6 +106,47 @@ def test_a_mistake_is_one_line_that_names_the_key(override, message):
         load_config("fashion_sew", [override])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def numeric_keys() -> list[tuple[type[Section], Field[Any]]]:
+    """Every key whose value is a number, or numbers, with its section."""
+    found = []
+    sections = [NeuronConfig, *(f.default_factory for f in fields(Config))]
+    for section in sections:
+        hints = get_type_hints(section)
+        found += [
+            pytest.param(section, f, id=f"{section.section}.{f.name}")
+            for f in fields(section)
+            if {int, float} & {hints[f.name], *get_args(hints[f.name])}
+        ]
+    assert len(found) >= 60
+    return found
+
+
+@pytest.mark.parametrize(("section", "key"), numeric_keys())
+def test_every_number_has_a_finite_range(section, key):
+    """A key that is new has one too, or fails here."""
+    many = isinstance(getattr(section(), key.name), list | tuple)
+    for number in (float("inf"), float("-inf"), float("nan"), 1e30, -1e30):
+        with pytest.raises(Mistake) as caught:
+            section(**{key.name: [number] * 3 if many else number})
+        line = next(line for line in caught.value.lines if line.startswith(f"{section.section}.{key.name}="))
+        assert re.search(r": must be (at least \S+|at most [0-9,]+|positive|in [\[(].*[\])])", line), line
+
+
+def test_a_secret_of_the_environment_stays_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: fashion_sew\nwandb: {project: '${oc.env:SECRET}'}\n")
+    with pytest.raises(Mistake, match=r"mine\.yaml: \$\{\.\.\.\} is not resolved") as caught:
+        load_config(str(recipe), [])
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_an_evaluation_has_a_name_of_its_own():
+    config = load_config("fashion_sew", ["train.epochs=0", "student.checkpoint=x"])
+    assert config.run.name == "fashion_sew-eval"
+    assert load_config("fashion_sew", ["train.epochs=0", "student.checkpoint=x", "run.name=y"]).run.name == "y"
 
 
 def test_unknown_recipes(tmp_path):

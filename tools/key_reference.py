@@ -8,7 +8,7 @@ import argparse
 import ast
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = [ROOT / "tdkd_dist" / "config.py", ROOT / "tdkd_dist" / "neuron_config.py"]
@@ -94,15 +94,21 @@ def _default(value: ast.expr, names: dict[str, ast.expr]) -> tuple[str, str]:
     if isinstance(value, ast.Call):
         called = ast.unparse(value.func)
         if called == "limited":
-            limits = f"`{ast.literal_eval(value.args[1])}`"
+            most = [k.value for k in value.keywords if k.arg == "most"]
+            limits = f"`{ast.literal_eval(value.args[1])}`" + (f", at most {_evaluate(most[0]):,}" if most else "")
             value = value.args[0]
         else:
             factory = {k.arg: ast.unparse(k.value) for k in value.keywords}["default_factory"]
             return f"`{ {'list': '[]', 'dict': '{}'}[factory] }`".replace(" ", ""), limits
     if isinstance(value, ast.Name):
         value = names[value.id]
-    shown = eval(compile(ast.Expression(value), "default", "eval"), {"__builtins__": {}})
+    shown = _evaluate(value)
     return ("None" if shown is None else f'`"{shown}"`' if shown == "" else f"`{shown}`"), limits
+
+
+def _evaluate(value: ast.expr) -> Any:
+    """An arithmetic expression of our own schema."""
+    return eval(compile(ast.Expression(value), "schema", "eval"), {"__builtins__": {}})
 
 
 def _type(annotation: ast.expr) -> str:
