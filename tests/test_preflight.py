@@ -28,6 +28,20 @@ def test_the_first_mistake_hides_no_other(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["bnbadamw", "fusedlamb", "adahessian"])
+def test_an_optimiser_that_needs_what_is_not_here_is_refused(name):
+    """Another package, a GPU's kernels, gradients of gradients."""
+    with pytest.raises(Mistake, match=f"^optim.name={name}: cannot be used here: .*; choose another$") as caught:
+        preflight._check_optimizer(load_config("fashion_sew", [f"optim.name={name}"]), preflight.Findings())
+    assert len(caught.value.lines) == 1
+
+
+def test_an_optimiser_for_gpus_may_be_submitted_where_there_is_none():
+    found = preflight.Findings()
+    preflight._check_optimizer(load_config("imagenet_sew34", ["optim.name=fusedlamb"]), found)
+    assert found.advice == ["optim.name=fusedlamb: could not be tried here, it needs a GPU"]
+
+
 def test_a_bad_configuration_is_told_key_by_key(capsys):
     wrong = ["train.btach_size=3", "train.epochs=many", "loss.alpha=-1", "loss.tet=1", "student.neuron.decay=4", "word"]
     assert submit.main(["recipe=fashion_sew", *wrong]) == 2

@@ -3,13 +3,16 @@
 import json
 import logging
 import shutil
+from dataclasses import asdict
 
 import pytest
 
 from tdkd_dist.files import append_text, write_json
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.log import Log, format_seconds
+from tdkd_dist.run.progress import Progress, write_progress
 from tdkd_dist.run.record import Record, format_table, read_rows
 
 
@@ -36,6 +39,86 @@ def test_another_run_is_refused_by_its_keys(tmp_path, config):
     with pytest.raises(ValueError, match=r"student\.neuron\.decay \(0\.5 there, 0\.9 now\), loss\.alpha \(0\.2 there"):
         folder.create(config)
     assert folder.config_file.read_text() == before
+
+
+def saved(folder, **where):
+    """A checkpoint that says where the run stands."""
+    newest = folder.checkpoints / "step-00000007"
+    newest.mkdir(parents=True, exist_ok=True)
+    write_progress(newest, Progress(**where), 2)
+
+
+def test_an_evaluation_leaves_a_trainings_record_alone_and_the_other_way_round(tmp_path, config):
+    folder = RunFolder(tmp_path / "run")
+    config.student.checkpoint = "x.safetensors"
+    folder.create(config)
+    write_json(folder.summary_file, {"epochs": 5})
+    before = {p: p.read_bytes() for p in folder.path.iterdir() if p.is_file()}
+    config.train.epochs = 0
+    with pytest.raises(Mistake, match=r"run holds a training, whose record an evaluation .*: set run\.name=run-eval$"):
+        folder.create(config)
+    assert before == {p: p.read_bytes() for p in folder.path.iterdir() if p.is_file()}
+    other = RunFolder(tmp_path / "other")
+    other.create(config)
+    config.train.epochs = 3
+    with pytest.raises(Mistake, match=r"holds an evaluation, whose record a training .* set run\.name=other-train$"):
+        other.create(config)
+
+
+def test_less_than_what_was_done_is_refused(tmp_path, config):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config)
+    saved(folder, epoch=4, global_step=40)
+    config.train.epochs = 4
+    folder.create(config)
+    config.train.epochs = 3
+    with pytest.raises(Mistake, match=r"has gone 4 epochs, 40 steps, more than now .*\(train\.epochs=3"):
+        folder.create(config)
+    config.train.epochs, config.train.max_steps = 9, 30
+    with pytest.raises(Mistake, match=r"train\.max_steps=30\): ask for as many"):
+        folder.create(config)
+
+
+def test_checkpoints_of_the_form_that_could_run_code_are_refused_before_submission(tmp_path, config):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config)
+    saved(folder)
+    write_json(folder.checkpoints / "step-00000007" / "progress.json", asdict(Progress()))
+    with pytest.raises(Mistake, match="written by an older tdkd-dist, in a form that could run code"):
+        folder.check(config)
+
+
+def test_other_data_is_refused_or_said_in_the_record(tmp_path, config):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config, {"train": "a" * 64, "val": "b" * 64})
+    folder.create(config, {"train": "c" * 64, "val": "b" * 64})  # nothing was trained yet
+    saved(folder, epoch=1, global_step=7)
+    folder.create(config, {"train": "c" * 64, "val": "b" * 64})
+    config.data.train = "other"
+    with pytest.raises(Mistake):
+        folder.create(config, {"train": "c" * 64, "val": "b" * 64})
+    config.data.train = load_config("fashion_sew", []).data.train
+    with pytest.raises(Mistake, match=r"^data\.train=\S+: \S+/run was trained on other data \(signature cccc.* dddd"):
+        folder.create(config, {"train": "d" * 64, "val": "b" * 64})
+    assert read_rows(folder.metrics_file) == []
+    config.run.allow_other_data = True
+    for _ in range(2):
+        folder.create(config, {"train": "d" * 64, "val": "b" * 64})
+    (row,) = read_rows(folder.metrics_file)
+    assert (row["epoch"], row["global_step"]) == (1, 7)
+    assert row["note"].endswith(": other data from step 7 on")
+    assert folder.log_file.read_text().count("other data from step 7 on") == 1
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, config):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(Mistake, match=r"run\.dir=.*: holds thesis\.tex, which is no run's"):
+        RunFolder(tmp_path).create(config)
+    with pytest.raises(Mistake, match=r"thesis\.tex: a file, not a folder"):
+        RunFolder(tmp_path / "thesis.tex").create(config)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "run" / "submitit").mkdir(parents=True)
+    RunFolder(tmp_path / "run").create(config)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, config):

@@ -11,8 +11,9 @@ from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.cluster import slurm
 from tdkd_dist.config import Config, flatten
 from tdkd_dist.data.beton.manifest import check_beton
-from tdkd_dist.data.loaders import count_classes, open_pictures
-from tdkd_dist.mistakes import Mistakes, require
+from tdkd_dist.data.loaders import count_classes, open_pictures, signature_of
+from tdkd_dist.data.sources.source import one_line
+from tdkd_dist.mistakes import Mistake, Mistakes, require
 from tdkd_dist.students import choose_recomputed, create_student, is_spiking
 from tdkd_dist.students.outside import is_outside
 from tdkd_dist.teachers import check_name, check_pretrained_classes, create_teacher, fetch_weights
@@ -27,6 +28,8 @@ class Findings:
     val_samples: int | None = None
     teacher_weights: str | None = None
     """timm's weights of the teacher on this machine."""
+    data: dict[str, str] = field(default_factory=dict)
+    """The signature of each split that is here."""
     absent: list[str] = field(default_factory=list)
     """Dry run: what is not here yet, a line each."""
     advice: list[str] = field(default_factory=list)
@@ -56,10 +59,8 @@ def check(config: Config, *, cluster: str, dry_run: bool = False) -> Findings:
         f"train.batch_size={config.train.batch_size}: data.train={config.data.train} has only {found.train_samples}"
         " images",
     )
-    names = timm.optim.list_optimizers()
-    mistakes.require(
-        config.optim.name in names, f"optim.name={config.optim.name}: timm knows {', '.join(names[:12])}, ..."
-    )
+    with mistakes.gathered():
+        _check_optimizer(config, found)
     with mistakes.gathered():
         _check_student(config, found, dry_run)
     if config.needs_teacher:
@@ -131,9 +132,11 @@ def _check_data(config: Config, split: str, found: Findings, dry_run: bool) -> i
     if config.data.format == "imagefolder":
         source = open_pictures(path, key)
         samples, classes = len(source.labels), count_classes(source)
+        found.data[split] = signature_of(source)
     else:
         info = check_beton(path, key)
         samples, classes = info.num_samples, info.num_classes or 0
+        found.data[split] = info.signature
     require(
         classes <= config.student.num_classes,
         f"{key}={path} has {classes} classes and student.num_classes is {config.student.num_classes}",
@@ -158,6 +161,25 @@ def _check_student(config: Config, found: Findings, dry_run: bool) -> None:
         load_weights(student, checkpoint, "student.checkpoint")
     if config.train.epochs > 0 and config.train.sync_bn and config.launcher.world_size > 1:
         synchronise(student)
+
+
+def _check_optimizer(config: Config, found: Findings) -> None:
+    """Build it and take a step of a small network: some need what is not here, or gradients of gradients."""
+    optim, names = config.optim, timm.optim.list_optimizers()
+    known = optim.name in names
+    require(known, f"optim.name={optim.name}: timm knows {', '.join(names[:12])}, ...")
+    linear = torch.nn.Linear(2, 2)
+    torch.autograd.backward(linear(torch.ones(1, 2)).square().mean())
+    try:
+        optimizer = timm.optim.create_optimizer_v2(
+            linear, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
+        )
+        optimizer.step()
+    except Exception as error:  # whatever an optimiser of another package raises
+        if "CUDA required" in str(error) and config.launcher.gpus_per_node > 0 and not torch.cuda.is_available():
+            found.advice.append(f"optim.name={optim.name}: could not be tried here, it needs a GPU")
+            return
+        raise Mistake(f"optim.name={optim.name}: cannot be used here: {one_line(error)}; choose another") from error
 
 
 def _check_teacher(config: Config, found: Findings, dry_run: bool) -> None:

@@ -31,15 +31,14 @@ def run(config: Config, findings: preflight.Findings | None = None) -> int:
     """Submit and follow one run, unless it is finished; its exit status. It is checked, unless `findings` are given."""
     cluster = submission.find_cluster(config)
     folder = RunFolder(config.run.folder)
-    if folder.config_file.exists():
-        folder.check_same(config)
-        finished = folder.read_summary(config)
-        if finished:
-            print(f"{folder.path} is finished\n{finished['table']}\nfigure: {finished['figure']}")
-            return 0
+    folder.check(config)
+    finished = folder.read_summary(config)
+    if finished:
+        print(f"{folder.path} is finished\n{finished['table']}\nfigure: {finished['figure']}")
+        return 0
     submission.refuse_if_alive(folder)
     findings = findings or preflight.check(config, cluster=cluster)
-    folder.create(config)
+    folder.create(config, findings.data)
     print(f"{folder.path}: {submission.describe(config, cluster)}", flush=True)
     for line in findings.advice:
         print(f"note: {line}", flush=True)
@@ -52,16 +51,13 @@ def run_sweep(configs: list[Config]) -> int:
     mistakes = Mistakes()
     for config in configs:
         with mistakes.gathered():
-            folder = RunFolder(config.run.folder)
-            if folder.config_file.exists():
-                folder.check_same(config)
+            RunFolder(config.run.folder).check(config)
     mistakes.tell()
     found = preflight.check_all(configs, cluster=cluster)
-    weights = [findings.teacher_weights for findings in found]
     if cluster == "slurm":
         for line in found[0].advice:
             print(f"note: {line}", flush=True)
-        outcomes = run_array(configs, weights)
+        outcomes = run_array(configs, found)
     else:
         outcomes = {}
         for k, (config, findings) in enumerate(zip(configs, found, strict=True), start=1):
@@ -77,16 +73,20 @@ def run_sweep(configs: list[Config]) -> int:
     return max(outcomes.values())
 
 
-def run_array(configs: list[Config], weights: list[str | None]) -> dict[str, int]:
+def run_array(configs: list[Config], found: list[preflight.Findings]) -> dict[str, int]:
     """A sweep on Slurm, followed member by member; each one's exit status. Ctrl-C stops all members."""
     outcomes = {config.run.name: FINISHED for config in configs}
     folders = [RunFolder(config.run.folder) for config in configs]
     left = [k for k, config in enumerate(configs) if folders[k].read_summary(config) is None]
     for k in left:
         submission.refuse_if_alive(folders[k])
-        folders[k].create(configs[k])
+        folders[k].create(configs[k], found[k].data)
     home = folders[0].path.parent / "sweep"
-    jobs = submission.submit_array([configs[k] for k in left], [weights[k] for k in left], home) if left else []
+    jobs = (
+        submission.submit_array([configs[k] for k in left], [found[k].teacher_weights for k in left], home)
+        if left
+        else []
+    )
     outcomes |= {configs[k].run.name: STOPPED for k in left}
     try:
         print(f"{len(left)} of {len(configs)} runs submitted as one job array", flush=True)

@@ -6,6 +6,7 @@ ranks see exactly the micro-batches that one rank with twice the accumulation se
 (seed, epoch, sample index), see `crops`.
 """
 
+import hashlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -244,6 +245,14 @@ def open_pictures(path: str, key: str) -> Source:
         return open_source(Path(path), key.removeprefix("data."))
     except Mistake as error:
         raise Mistake(f"{key}={error}") from error
+
+
+def signature_of(source: Source) -> str:
+    """A hash of the labels, the pictures' names and their order; no picture is read, nor its size asked for."""
+    digest = hashlib.sha256(np.ascontiguousarray(source.labels, dtype=np.int64).tobytes())
+    for k in range(len(source.labels)):
+        digest.update(f"{Path(source.name(k)).name}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def count_classes(source: Source) -> int:

@@ -1,6 +1,7 @@
 """The layout of a run on disk.
 
 config.yaml               the resolved configuration
+data.json                 what was trained and validated on, by signature
 environment.json          git revision, versions and hardware of the latest start
 log.txt                   what rank 0 said
 metrics.jsonl             one object a row
@@ -25,12 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from tdkd_dist.config import Config, flatten
-from tdkd_dist.files import write_json
+from tdkd_dist.files import append_text, write_json
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.recipe import read_config, save_config
+from tdkd_dist.run.progress import Progress, newest_progress
 
 MAY_DIFFER = ("train.epochs", "train.max_steps", "train.save_", "train.keep_", "launcher.", "wandb.timeout_s", "run.")
 """Keys that may change when a run is resumed: its length and where it runs (`run.` is checked on its own)."""
+OURS = {"checkpoints", "figures", "heartbeat", "submitit", "wandb", ".writable", "job.json", "log.txt"}
+"""What a run may have left that ended before its configuration was written."""
 PACKAGES = ("torch", "timm", "deepspeed", "ffcv", "submitit", "wandb", "numpy", "safetensors", "tdkd-dist")
 
 
@@ -40,6 +44,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.yaml"
+        self.data_file = path / "data.json"
         self.log_file = path / "log.txt"
         self.metrics_file = path / "metrics.jsonl"
         self.validation_file = path / "validation.json"
@@ -66,30 +71,91 @@ class RunFolder:
             return None
         return job if job["cluster"] == "slurm" or job["host"] == platform.node() else None
 
-    def create(self, config: Config) -> None:
-        """Make the folder, or check that it holds the same run.
+    def create(self, config: Config, data: dict[str, str] | None = None) -> None:
+        """Make the folder for a run on the `data` (signature of each split), or check that it holds the same run.
 
-        Raises `Mistake` naming `run.dir` if the folder can't be written, or the keys in which `config` differs from
-        the run that is there already.
+        Raises `Mistake` naming `run.dir` if the folder can't be written, or as `check` and `check_data` do.
         """
+        self.check(config)
+        changed = self.check_data(config, data or {})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
+            # The signs of an earlier job's ranks, of which there may have been more.
+            shutil.rmtree(self.heartbeat, ignore_errors=True)
+            for folder in (self.checkpoints, self.figures):
+                folder.mkdir(exist_ok=True)
+            save_config(config, self.config_file)
+            write_json(self.path / "environment.json", environment())
+            if data:
+                write_json(self.data_file, data)
         except OSError as error:
             raise Mistake(f"run.dir={self.path}: cannot be written ({error.strerror}); choose another") from error
-        if self.config_file.exists():
-            self.check_same(config)
-        # The signs of an earlier job's ranks, of which there may have been more.
-        shutil.rmtree(self.heartbeat, ignore_errors=True)
-        for folder in (self.checkpoints, self.figures):
-            folder.mkdir(exist_ok=True)
-        save_config(config, self.config_file)
-        write_json(self.path / "environment.json", environment())
+        for line in changed:
+            at = newest_progress(self.checkpoints) or Progress()
+            append_text(self.log_file, f"{line}\n")
+            append_text(
+                self.metrics_file, json.dumps({"epoch": at.epoch, "global_step": at.global_step, "note": line}) + "\n"
+            )
 
-    def check_same(self, config: Config) -> None:
-        """Raise `Mistake` naming the keys if `config` isn't the configuration of the run that is here."""
+    def check(self, config: Config) -> None:
+        """Raise `Mistake` unless the folder is free for the run that `config` describes, or holds it.
+
+        It may hold another run, its evaluation, more of it than is asked for now, checkpoints of another form, or
+        somebody's files: whatever is there would be lost.
+        """
+        if not self.config_file.exists():
+            self._check_free()
+            return
+        self._check_same(config)
+        trained = read_config(self.config_file).train.epochs > 0
+        if trained != (config.train.epochs > 0):
+            was, now, name = ("a training", "an evaluation", f"{self.path.name}-eval")
+            if not trained:
+                was, now, name = now, was, f"{self.path.name}-train"
+            raise Mistake(f"{self.path} holds {was}, whose record {now} would overwrite: set run.name={name}")
+        done, train = newest_progress(self.checkpoints), config.train
+        if done is not None and (done.epoch > train.epochs or done.global_step > (train.max_steps or done.global_step)):
+            raise Mistake(
+                f"{self.path} has gone {done.epoch} epochs, {done.global_step} steps, more than now are asked for"
+                f" (train.epochs={train.epochs}, train.max_steps={train.max_steps}): ask for as many, or give the"
+                " shorter run another run.name"
+            )
+
+    def check_data(self, config: Config, data: dict[str, str]) -> list[str]:
+        """Raise `Mistake` if the run has trained on other `data` than this; with `run.allow_other_data`, say so."""
+        try:
+            before = json.loads(self.data_file.read_text())
+            newest = newest_progress(self.checkpoints)
+        except (OSError, ValueError):
+            return []
+        if newest is None or not isinstance(before, dict):
+            return []
+        lines = []
+        for split, now in data.items():
+            if before.get(split, now) != now:
+                what = f"data.{split}={getattr(config.data, split)}"
+                if not config.run.allow_other_data:
+                    raise Mistake(
+                        f"{what}: {self.path} was trained on other data (signature {str(before[split])[:12]} there,"
+                        f" {now[:12]} now): give that again, or another run.name, or run.allow_other_data=true"
+                    )
+                lines.append(f"{what}: other data from step {newest.global_step} on")
+        return lines
+
+    def _check_free(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise Mistake(f"run.dir={self.path}: a file, not a folder; choose another")
+        try:
+            foreign = sorted(p.name for p in self.path.iterdir() if p.name not in OURS) if self.path.exists() else []
+        except OSError as error:
+            raise Mistake(f"run.dir={self.path}: cannot be read ({error.strerror}); choose another") from error
+        if foreign:
+            raise Mistake(f"run.dir={self.path}: holds {foreign[0]}, which is no run's; choose an empty or new folder")
+
+    def _check_same(self, config: Config) -> None:
         before, now = flatten(read_config(self.config_file)), flatten(config)
         differing = [key for key in now if before[key] != now[key] and not key.startswith(MAY_DIFFER)]
         if before["run.seed"] != now["run.seed"]:

@@ -234,7 +234,8 @@ class Trainer:
                 self._save()
         batches.close()
         meter.flush(progress.epoch, progress.global_step, engine.learning_rate)
-        if progress.step_in_epoch == self.loader.steps_per_epoch:
+        # Told to stop, there may be no time to validate: the epoch is ended, and validated, when the run goes on.
+        if progress.step_in_epoch == self.loader.steps_per_epoch and not guard.stop:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
         return guard.stop
 

@@ -3,13 +3,16 @@
 DeepSpeed keeps the first process group it sees, so that two test files can't both have one in pytest's process.
 """
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from numbered import CPU
 from pictures import picture
 from ranks import run_ranks
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdkd_dist.config import Config
@@ -51,17 +54,52 @@ def small_config(beton: Path, folder: Path, *overrides: str) -> Config:
     return load_config("fashion_sew", [*(f"{key}={value}" for key, value in settings.items()), *overrides])
 
 
-def train(config: Config) -> list[dict[str, float]]:
-    """The record of a run on this rank."""
+def go(config: Config, stops: set[int] = frozenset()) -> bool:
+    """The run on this rank, to its end, or told to stop (False) when it asks for the n-th time."""
     from tdkd_dist.training.rank import Place
     from tdkd_dist.training.trainer import run
 
-    folder = RunFolder(config.run.folder)
+    folder, asked = RunFolder(config.run.folder), itertools.count(1)
     folder.create(config)
     place = Place(device=CPU, rank=0, world_size=1, workers=1)
     with Heartbeat(folder.heartbeat, rank=0, timeout_s=300) as heartbeat:
-        assert run(config, folder, place, heartbeat, lambda: False)
-    return [row for row in read_rows(folder.metrics_file) if "train/loss" in row]
+        return run(config, folder, place, heartbeat, lambda: next(asked) in stops)
+
+
+def train(config: Config) -> list[dict[str, float]]:
+    """The record of a run on this rank."""
+    assert go(config)
+    return [row for row in read_rows(RunFolder(config.run.folder).metrics_file) if "train/loss" in row]
+
+
+def stop_at_the_end_of_an_epoch(rank: int, world_size: int, small_beton: Path, tmp_path: Path) -> None:
+    """Two steps an epoch. There may be no time to validate: it is done by the run that goes on."""
+    whole, cut = (
+        small_config(small_beton, tmp_path / name, "train.batch_size=48", "train.epochs=2") for name in ("whole", "cut")
+    )
+    assert go(whole)
+    folder = RunFolder(tmp_path / "cut")
+    assert not go(cut, {2})
+    assert "stopped at step 2; " in folder.log_file.read_text()
+    assert not [row for row in read_rows(folder.metrics_file) if "val/top1_t1" in row]
+    assert not go(cut, {2})
+    assert [row["epoch"] for row in read_rows(folder.metrics_file) if "val/top1_t1" in row] == [1]
+    assert go(cut)
+    ours, theirs = (
+        [
+            {k: v for k, v in row.items() if k.startswith("val/") or k in ("epoch", "global_step", "train/loss")}
+            for row in read_rows(RunFolder(tmp_path / name).metrics_file)
+        ]
+        for name in ("cut", "whole")
+    )
+    assert ours == theirs
+    weights = [load_file(RunFolder(tmp_path / name).student_file) for name in ("cut", "whole")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.slow
+def test_a_run_told_to_stop_at_the_end_of_an_epoch_saves_at_once_and_validates_later(small_beton, tmp_path):
+    run_ranks(stop_at_the_end_of_an_epoch, 1, small_beton, tmp_path)
 
 
 def record_losses(rank: int, world_size: int, small_beton: Path, tmp_path: Path) -> None:

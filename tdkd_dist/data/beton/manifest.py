@@ -70,6 +70,8 @@ class BetonInfo:
     path: Path
     num_samples: int
     manifest: Manifest | None
+    signature: str
+    """Of the labels, the checksums of the pictures and their order."""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -125,7 +127,7 @@ def check_beton(path: Path | str, key: str) -> BetonInfo:
         raise Mistake(f"{key}={path}: {error.strerror}") from error
     except Mistake as error:
         raise Mistake(f"{key}={path}: {error}") from error
-    return BetonInfo(path, len(tables.samples), manifest)
+    return BetonInfo(path, len(tables.samples), manifest, tables.sha256())
 
 
 def compare(manifest: Manifest, tables: Tables, size: int) -> None:
