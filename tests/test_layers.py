@@ -41,6 +41,7 @@ report.features report.wandb_report
 report.page
 cluster.scheduler cluster.slurm
 cluster.preflight cluster.job cluster.status
+cluster.endings
 cluster.follow
 cluster.submission
 cluster.start

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from tdkd_dist.cluster import scheduler, slurm
+from tdkd_dist.cluster.endings import count_memory_kills, ended_badly, find_first, outcome_of
 from tdkd_dist.cluster.job import Outcome
+from tdkd_dist.mistakes import printable
 from tdkd_dist.run.folder import RunFolder
-from tdkd_dist.run.heartbeat import find_laggard, read_signs
+from tdkd_dist.run.heartbeat import Sign, describe_laggard, find_laggard, read_signs
 from tdkd_dist.run.log import PROGRESS_PREFIX
 
 FINISHED, CRASHED, USERS_MISTAKE, STOPPED = 0, 1, 2, 130
 POLL_S = 0.5
 QUEUE_POLL_S = 5.0
 """Slurm's controller serves everybody: ask it less often than a file."""
-KILLED = "killed, or ended without a result"
 GRACE_S = 30.0
 """How long ranks may go on after one of them has ended in error."""
 
@@ -33,6 +34,7 @@ class Follower:
         self._log = LogTail(folder.log_file)
         self._interrupts = 0
         self._error_since: float | None = None
+        self._memory_kills = count_memory_kills()
         self._asked = time.monotonic()
         self._state: scheduler.State | None = None
         self._hindrance: str | None = None
@@ -69,57 +71,36 @@ class Follower:
         return state == "gone"
 
     def _done_here(self) -> bool:
-        if self._error_since is None and any(self._ended_badly(task) for task in self._tasks):
-            self._error_since = time.monotonic()
+        if self._error_since is None:
+            signs = {sign.rank: sign for sign in read_signs(self._folder.heartbeat)}
+            if any(ended_badly(task, signs.get(rank)) for rank, task in enumerate(self._tasks)):
+                self._error_since = time.monotonic()
         if self._error_since is not None and time.monotonic() - self._error_since > GRACE_S:
             scheduler.kill(self._cluster, str(self._job.job_id))
         return bool(self._job.done())
 
     def _status(self) -> int:
-        outcomes = [self._outcome(task) for task in self._tasks]
+        time.sleep(POLL_S)  # a result may take a moment to be seen on another machine's disk
+        outcomes = [outcome_of(task) for task in self._tasks]
         refused = [o.message for o in outcomes if isinstance(o, Outcome) and o.state == "refused"]
         if refused:
             print("\n".join(f"error: {line}" for line in refused[0].splitlines()), file=sys.stderr)
             return USERS_MISTAKE
-        # A rank without a result was killed, and may be what the others then died of.
-        crashed = sorted(
-            ((k, o) for k, o in enumerate(outcomes) if not isinstance(o, Outcome)), key=lambda pair: pair[1] != KILLED
-        )
-        if crashed:
-            return self._report_crash(*crashed[0])
+        signs, no_memory = read_signs(self._folder.heartbeat), count_memory_kills() > self._memory_kills
+        first = find_first(self._tasks, signs, no_memory=no_memory and self._cluster == "local")
+        if first is not None:
+            return self._report_crash(first.rank, first.reason, find_laggard(signs))
         return STOPPED if any(isinstance(o, Outcome) and o.state == "stopped" for o in outcomes) else FINISHED
 
-    def _report_crash(self, rank: int, reason: str) -> int:
-        laggard = find_laggard(read_signs(self._folder.heartbeat))
+    def _report_crash(self, rank: int, reason: str, laggard: Sign | None) -> int:
         if laggard is not None:
-            rank = laggard.rank
-            reason = f"it hung: last seen {laggard.phase}, after step {laggard.step}, on {laggard.host}"
+            rank, reason = laggard.rank, describe_laggard(laggard)
         elif self._cluster == "slurm":
             reason = slurm.how_it_ended(str(self._job.job_id)) or reason
         if not self.interrupted:
-            print(f"error: rank {rank} crashed: {reason}", file=sys.stderr)
+            print(f"error: rank {rank} crashed: {printable(reason)}", file=sys.stderr)
             print(f"its output: {self._tasks[rank].paths.stdout}", file=sys.stderr)
         return STOPPED if self.interrupted else CRASHED
-
-    def _outcome(self, task: Any) -> Outcome | str:
-        """The rank's outcome, or the last line of what it died of."""
-        if not task.paths.result_pickle.exists():
-            time.sleep(POLL_S)
-        if not task.paths.result_pickle.exists():
-            return KILLED
-        error = task.exception()
-        if error is None:
-            outcome: Outcome = task.result()
-            return outcome
-        lines = [line for line in str(error).splitlines() if line and not line.startswith(" ")]
-        errors = [line for line in lines if "Error" in line or "Exception" in line]
-        return (errors or lines or ["unknown"])[-1]
-
-    def _ended_badly(self, task: Any) -> bool:
-        if not task.paths.result_pickle.exists():
-            return False
-        outcome = self._outcome(task)
-        return not isinstance(outcome, Outcome) or outcome.state == "refused"
 
     def _interrupt(self) -> None:
         self._interrupts += 1

@@ -40,6 +40,10 @@ class Sign:
     moved: float
     """When it last moved, seconds since the epoch."""
     hung: bool = False
+    silent: bool = False
+    """Long before others gave up it had stopped writing: it did not get to say that it hung."""
+    written: float = 0.0
+    """When the sign was written, by the clock of the file system."""
 
 
 def outlasting(timeout_s: float) -> timedelta:
@@ -115,18 +119,27 @@ def read_signs(folder: Path) -> list[Sign]:
     signs = []
     for path in sorted(folder.glob("rank-*.json")):
         try:
-            signs.append(Sign(**json.loads(path.read_text())))
+            signs.append(Sign(**json.loads(path.read_text()) | {"written": path.stat().st_mtime}))
         except (OSError, ValueError, TypeError):
             continue
+    gave_up = max((sign.written for sign in signs if sign.hung), default=0.0)
+    for sign in signs:
+        sign.silent = not sign.hung and sign.written < gave_up - 3 * WRITE_EVERY_S
     return signs
 
 
 def find_laggard(signs: list[Sign]) -> Sign | None:
-    """The rank that the others were waiting for: the least far, if any rank gave up."""
+    """The rank that the others were waiting for, if any rank gave up: one that fell silent, or the least far."""
     if not any(sign.hung for sign in signs):
         return None
 
-    def progress(sign: Sign) -> tuple[int, int]:
-        return sign.step, PHASES.index(sign.phase) if sign.phase in PHASES else -1
+    def progress(sign: Sign) -> tuple[bool, int, int]:
+        return not sign.silent, sign.step, PHASES.index(sign.phase) if sign.phase in PHASES else -1
 
     return min(signs, key=progress)
+
+
+def describe_laggard(sign: Sign) -> str:
+    """What kept the others waiting, in words."""
+    what = "it stopped answering (a stopped process, or a node that is gone)" if sign.silent else "it hung"
+    return f"{what}: last seen {sign.phase}, after step {sign.step}, on {sign.host}"

@@ -130,7 +130,7 @@ def test_preemptions_and_time_outs_do_not_count(sandbox, command, tmp_path, monk
     monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
     folder = RunFolder(tmp_path / "cut")
     options = ["launcher.nodes=1", "launcher.partition=low", "launcher.time_min=10", "launcher.max_restarts=1",
-               "train.epochs=60", "eval.every=60", f"run.dir={folder.path}"]  # fmt: skip
+               "train.epochs=400", "eval.every=400", f"run.dir={folder.path}"]  # fmt: skip
     process = start(sandbox, *command, *options)
     wait_for(lambda: folder.metrics_file.exists() and read_rows(folder.metrics_file), "the first step")
     job = folder.read_job()
