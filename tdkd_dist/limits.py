@@ -51,7 +51,8 @@ class Section:
             return None
         if choices is not None and value not in choices:
             return f"one of {', '.join(map(str, choices))}"
-        if isinstance(value, str) and not value.isprintable():
+        texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if not all(text.isprintable() for text in texts if isinstance(text, str)):
             return "text without control characters"
         limits, most = metadata.get("limits"), metadata.get("most")
         for number in value if isinstance(value, list | tuple) else [value]:

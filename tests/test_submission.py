@@ -1,12 +1,14 @@
-"""What ranks are given by submitit on this machine."""
+"""What ranks are given by submitit on this machine, and what the batch script says."""
 
 import os
+import subprocess
 from functools import partial
 
 import pytest
 
-from tdkd_dist.cluster.submission import make_executor
+from tdkd_dist.cluster.submission import batch_script, make_executor
 from tdkd_dist.config import Config, LauncherConfig
+from tdkd_dist.recipe import load_config
 from tdkd_dist.run.folder import RunFolder
 
 
@@ -30,3 +32,31 @@ def test_the_ranks_here_see_the_gpus_that_the_user_chose(chosen, gpus, seen, tmp
     executor = make_executor(config, RunFolder(tmp_path), "local")
     job = executor.submit(partial(os.getenv, "CUDA_VISIBLE_DEVICES"))
     assert job.results() == [seen] * config.launcher.ranks_per_node
+
+
+def test_a_folders_name_is_no_shell(tmp_path, monkeypatch):
+    """Of the batch script all but submitit's srun and scontrol is run, in a folder whose name is a command."""
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / 'a"$(touch hacked)`touch hacked` b'
+    config = load_config("fashion_sew", [f"run.dir='{place}'", "run.name=x y", "launcher.partition=$(touch hacked)"])
+    script = batch_script(config, RunFolder(config.run.folder))
+    lines = [line for line in script.splitlines() if not line.startswith("srun") and "scontrol" not in line]
+    script = "\n".join(lines).replace("sleep 60", "true")
+    subprocess.run(["bash", "-c", script], env=os.environ | {"SLURM_JOB_ID": "1"}, capture_output=True, timeout=60)
+    assert (place / "submitit" / "restarts").is_dir()
+    assert not list(tmp_path.rglob("hacked"))
+
+
+def test_nothing_of_the_environment_is_written(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "SECRET"):
+        monkeypatch.setenv(name, "s3cr3t")
+    config = load_config("fashion_sew", [f"run.dir={tmp_path}/run"])
+    folder = RunFolder(config.run.folder)
+    folder.create(config)
+    assert "s3cr3t" not in batch_script(config, folder)
+    make_executor(Config(launcher=LauncherConfig(time_min=5)), folder, "local").submit(
+        partial(os.getenv, "X")
+    ).results()
+    written = [path for path in folder.path.rglob("*") if path.is_file()]
+    assert len(written) > 4
+    assert not [path for path in written if b"s3cr3t" in path.read_bytes()]

@@ -1,6 +1,7 @@
 """From a checked configuration to a job on this machine or on Slurm, followed to its end."""
 
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -74,7 +75,7 @@ def make_executor(config: Config, folder: RunFolder, cluster: str, code: Path | 
             "slurm_qos": launcher.qos,
             "slurm_constraint": launcher.constraint,
             "slurm_setup": [
-                f'export PYTHONPATH="{code}:$PYTHONPATH" PYTHONSAFEPATH=1',
+                f'export PYTHONPATH={shlex.quote(f"{code}:")}"$PYTHONPATH" PYTHONSAFEPATH=1',
                 *_count_from(folder),
                 *launcher.setup,
             ],
@@ -203,7 +204,7 @@ def _count_from(folder: RunFolder) -> list[str]:
     return [
         "tdkd_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}",
         "tdkd_job=${tdkd_job:-$SLURM_JOB_ID}",
-        f'tdkd_count="{_restarts(folder)}/$tdkd_job"',
+        f'tdkd_count={shlex.quote(str(_restarts(folder)))}/"$tdkd_job"',
         f'export {PREEMPTED_FILE}="$tdkd_count.preempted"',
         f'mkdir -p "$(dirname "$tdkd_count")" && rm -f "${PREEMPTED_FILE}"',
     ]
