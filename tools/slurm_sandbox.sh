@@ -63,6 +63,7 @@ StateSaveLocation=$home/state
 SlurmctldLogFile=$home/log/slurmctld.log
 SlurmdLogFile=$home/log/slurmd-%n.log
 SlurmdTimeout=15
+MessageTimeout=60
 SchedulerParameters=sched_interval=3,bf_interval=3
 MpiDefault=none
 ReturnToService=2

@@ -71,11 +71,19 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, out + err
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 200) -> None:
+def wait_for(
+    condition: Callable[[], object], what: str, seconds: float = 200, say: Callable[[], str] = lambda: ""
+) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}\n{say()}"
         time.sleep(0.3)
+
+
+def describe_queue(sandbox: dict[str, str]) -> str:
+    """What Slurm has and waits for."""
+    asked = (["squeue", "-o", "%i %T %r %C %b"], ["sinfo", "-N", "-o", "%N %T %C %E"], ["scontrol", "show", "job"])
+    return "\n".join(subprocess.run(command, env=sandbox, capture_output=True, text=True).stdout for command in asked)
 
 
 def epochs_done(folder: RunFolder) -> int:
@@ -130,7 +138,7 @@ def test_preemptions_and_time_outs_do_not_count(sandbox, command, tmp_path, monk
     monkeypatch.setenv("SLURM_CONF", sandbox["SLURM_CONF"])
     folder = RunFolder(tmp_path / "cut")
     options = ["launcher.nodes=1", "launcher.partition=low", "launcher.time_min=10", "launcher.max_restarts=1",
-               "train.epochs=400", "eval.every=400", f"run.dir={folder.path}"]  # fmt: skip
+               "train.epochs=150", "eval.every=150", f"run.dir={folder.path}"]  # fmt: skip
     process = start(sandbox, *command, *options)
     wait_for(lambda: folder.metrics_file.exists() and read_rows(folder.metrics_file), "the first step")
     job = folder.read_job()
@@ -217,6 +225,7 @@ def test_ranks_are_given_their_gpus_and_their_share_of_the_cpus(sandbox, tmp_pat
     seen = submit("gpus", gpus, "CUDA_VISIBLE_DEVICES")
     cpus = submit("cpus", LauncherConfig(time_min=5), "SLURM_CPUS_PER_TASK")
     assert os.environ["SLURM_GPUS_PER_TASK"] == "1"
+    wait_for(lambda: seen.done() and cpus.done(), "both jobs", say=lambda: describe_queue(sandbox))
     assert seen.results() == ["0,1"] * 4
     assert cpus.results() == [str(min(16, os.cpu_count() or 1))]
 
