@@ -59,19 +59,27 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
         workers=place.workers,
         beat=opening,
     )
-    distributed.meet(opening)  # here, where nobody counts as hanging while another copies its data
-    normalise = Normalise(config.data.mean, config.data.std).to(place.device)
-    parts = Run(config, folder, place, log, heartbeat, normalise, validation)
-    heartbeat.beat("building networks", 0)
+    try:
+        distributed.meet(opening)  # here, where nobody counts as hanging while another copies its data
+        normalise = Normalise(config.data.mean, config.data.std).to(place.device)
+        parts = Run(config, folder, place, log, heartbeat, normalise, validation)
+        heartbeat.beat("building networks", 0)
+        student = _build_student(config).to(place.device)
+        if config.train.epochs == 0:
+            return _evaluate(parts, student)
+        return Trainer.build(parts, student, should_stop).train()
+    finally:
+        # Its processes outlive TERM for a while: left to Python's exit, a finished job would wait for them.
+        validation.close()
+
+
+def _build_student(config: Config) -> nn.Module:
     torch.manual_seed(config.run.seed)
     student = create_student(config.student)
     if config.student.checkpoint is not None:
         load_weights(student, config.student.checkpoint, "student.checkpoint")
     choose_recomputed(student, config)
-    student = student.to(place.device)
-    if config.train.epochs == 0:
-        return _evaluate(parts, student)
-    return Trainer.build(parts, student, should_stop).train()
+    return student
 
 
 def _evaluate(parts: Run, student: nn.Module) -> bool:

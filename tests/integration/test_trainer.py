@@ -3,7 +3,9 @@
 DeepSpeed keeps the first process group it sees, so that two test files can't both have one in pytest's process.
 """
 
+import gc
 import itertools
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 
@@ -100,6 +102,21 @@ def stop_at_the_end_of_an_epoch(rank: int, world_size: int, small_beton: Path, t
 @pytest.mark.slow
 def test_a_run_told_to_stop_at_the_end_of_an_epoch_saves_at_once_and_validates_later(small_beton, tmp_path):
     run_ranks(stop_at_the_end_of_an_epoch, 1, small_beton, tmp_path)
+
+
+def leave_no_process(rank: int, world_size: int, tree: Path, tmp_path: Path) -> None:
+    gc.disable()  # whose run at the right moment hid it
+    settings = ["data.format=imagefolder", "data.workers=2", "train.batch_size=48", "train.epochs=1"]
+    assert go(small_config(tree, tmp_path / "trained", *settings))
+    student = f"student.checkpoint={tmp_path}/trained/student.safetensors"
+    assert go(small_config(tree, tmp_path / "evaluated", *settings, "train.epochs=0", student))
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_a_run_that_has_ended_leaves_no_loaders_process_behind(small_beton, tmp_path):
+    """They take their time to end when Python's exit asks them to, and a finished job waited for minutes."""
+    run_ranks(leave_no_process, 1, small_beton.parent / "tree", tmp_path)
 
 
 def record_losses(rank: int, world_size: int, small_beton: Path, tmp_path: Path) -> None:
