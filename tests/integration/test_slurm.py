@@ -42,6 +42,20 @@ def sandbox() -> Iterator[dict[str, str]]:
         subprocess.run([SANDBOX, "down"], check=True)
 
 
+@pytest.fixture(autouse=True)
+def idle_nodes(sandbox: dict[str, str]) -> None:
+    """Both nodes are free: a test must not wait for what the one before it left behind."""
+
+    def are_idle() -> bool:
+        states = subprocess.run(["sinfo", "-hN", "-p", "main", "-o", "%T"], env=sandbox, capture_output=True, text=True)
+        if "down" in states.stdout:  # on a busy machine a daemon may answer too late
+            resume = ["scontrol", "update", "nodename=tdkd-n[1-2]", "state=resume"]
+            subprocess.run(resume, env=sandbox, capture_output=True)
+        return states.stdout.split() == ["idle", "idle"]
+
+    wait_for(are_idle, "idle nodes", say=lambda: describe_queue(sandbox))
+
+
 @pytest.fixture
 def in_sandbox(sandbox: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm's programs that this process starts talk to the sandbox."""
