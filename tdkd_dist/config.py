@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from tdkd_dist.launcher_config import LauncherConfig
 from tdkd_dist.limits import Section, limited
 from tdkd_dist.mistakes import Mistakes, require
 from tdkd_dist.neuron_config import NeuronConfig
@@ -52,6 +53,7 @@ class DataConfig(Section):
     train: str | None = None
     """A beton (`format=ffcv`); or an ImageFolder tree, or any source that `tools/write_beton.py` reads."""
     val: str | None = None
+    """As `data.train`: the pictures of the validation."""
     format: Literal["ffcv", "imagefolder"] = "ffcv"
     """`imagefolder` reads pictures one by one through torch's DataLoader, without ffcv."""
     image_size: int = limited(224, ">= 1", most=4096)
@@ -63,6 +65,7 @@ class DataConfig(Section):
     crop: Literal["random_resized", "shift", "none"] = "random_resized"
     """In training: `random_resized` (area 0.08 to 1), `shift` (zero-padded by image_size / 8, as on CIFAR), `none`."""
     flip: bool = True
+    """In training: mirror half of the pictures."""
     auto_augment: Literal["cifar10", "imagenet", "svhn"] | None = None
     """torchvision's AutoAugment policy, after crop and flip, filling with grey; needs `format=imagefolder`."""
     color_jitter: float = limited(0.0, "[0, 1]", "0: off")
@@ -78,10 +81,13 @@ class DataConfig(Section):
     start_size: int | None = limited(None, ">= 1", most=4096)
     """Side of the training crops in epoch 0; it grows by multiples of 32 to `image_size` at `full_size_epoch`."""
     full_size_epoch: int = limited(0, ">= 0", most=1_000_000)
+    """The epoch from which on crops have their full size, with `start_size`."""
     crop_pct: float = limited(0.875, "[0.01, 1]")
     """Validation: side of the centre crop over the shorter side (224 / 256)."""
     mean: tuple[float, float, float] = limited(IMAGENET_MEAN, "[-100, 100]")
+    """Of the red, green and blue channel in [0, 1], which the student's input is normalised with."""
     std: tuple[float, float, float] = limited(IMAGENET_STD, "[0.001, 100]")
+    """The standard deviations likewise."""
 
     def check_together(self, found: Mistakes) -> None:
         """What concerns several keys of the section."""
@@ -121,13 +127,16 @@ class StudentConfig(Section):
     checkpoint: str | None = None
     """Start from these weights: a safetensors file that a run or `tools/import_weights.py` wrote."""
     num_classes: int = limited(1000, ">= 1", most=1_000_000)
+    """Classes K; the data may have fewer."""
     num_timesteps: int = limited(4, ">= 1", most=1024)
+    """Timesteps T of training; the same weights serve any number."""
     neuron: NeuronConfig = field(default_factory=NeuronConfig)
     connect: Literal["ADD", "AND", "IAND"] | None = None
     """How a SEW block joins its branches; None: the model's default, ADD."""
     width: int | None = limited(None, ">= 1", most=8192)
     """Channels of the first stage; None: the model's default."""
     in_chans: int = limited(3, ">= 1", most=1024)
+    """Channels of the images: 3 for colour."""
     drop_path: float = limited(0.0, "[0, 1)")
     """Chance that the last block's residual branch is dropped for a sample; it grows linearly from 0 at the first."""
     zero_init_last: bool | None = None
@@ -146,8 +155,11 @@ class LossConfig(Section):
     beta: float = limited(0.5, ">= 0", most=10_000)
     """Weight of self-distillation."""
     temperature: float = limited(1.0, "[0.01, 1000]")
+    """Divides the logits before both distillation terms, which are multiplied by its square."""
     self_target: Literal["ensemble", "correct_only"] = "ensemble"
+    """What self-distillation learns from: the mean over timesteps, or that of the timesteps that are right."""
     label_smoothing: float = limited(0.0, "[0, 1)")
+    """Share of each label that is spread over all classes."""
     consistency: float = limited(0.0, ">= 0", most=10_000)
     """Weight of each ensemble's cross-entropy to the next one, one timestep later (0.3 is usual); 0: off."""
     tet: float = limited(0.0, "[0, 1)")
@@ -164,6 +176,7 @@ class OptimConfig(Section):
     lr: float = limited(0.2, "> 0", most=1000)
     """For the recipe's global batch; scale it in proportion when `train.batch_size` changes."""
     momentum: float = limited(0.9, "[0, 1)")
+    """Of `momentum`, `sgd` and what else has one; 0: none."""
     weight_decay: float = limited(2e-5, ">= 0", most=10)
     """On convolution and linear weights only, unless `decay_all`."""
     decay_all: bool = False
@@ -173,6 +186,7 @@ class OptimConfig(Section):
     schedule_on: Literal["epoch", "step"] = "epoch"
     """The cosine to 0 moves once an epoch (the paper) or at every optimiser step (short runs)."""
     warmup_epochs: int = limited(0, ">= 0", most=1_000_000)
+    """Epochs in which the rate rises linearly from a tenth of `lr`."""
 
 
 @dataclass
@@ -240,72 +254,14 @@ class EvalConfig(Section):
 
 
 @dataclass
-class LauncherConfig(Section):
-    """Where the job runs."""
-
-    section: ClassVar[str] = "launcher"
-    cluster: Literal["auto", "local", "slurm"] = "auto"
-    """`auto`: Slurm if `sbatch` answers, else this machine."""
-    nodes: int = limited(1, ">= 1", most=100_000)
-    gpus_per_node: int = limited(0, ">= 0", most=64)
-    """0: train on the CPU."""
-    tasks_per_node: int | None = limited(None, ">= 1", most=1024)
-    """Ranks a node; None: one a GPU, or one."""
-    cpus_per_task: int | None = limited(None, ">= 1", most=4096)
-    """None: an equal share of this machine's cores; on Slurm that of its GPUs in a node's CPUs, 16 at most."""
-    time_min: int = limited(7 * 24 * 60, ">= 1", most=10 * 365 * 24 * 60)
-    """Time limit of one job, in minutes."""
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    mem_gb: int | None = limited(None, ">= 1", most=1_000_000)
-    """Memory a node, on Slurm; None: the cluster's default."""
-    setup: list[str] = field(default_factory=list)
-    """Lines of shell that the batch script runs before the ranks start, such as `module load cuda`."""
-    sbatch: dict[str, str] = field(default_factory=dict)
-    """More of sbatch's options, by their long names: `launcher.sbatch.reservation=mine`."""
-    srun_args: list[str] = field(default_factory=list)
-    """More of srun's arguments."""
-    network_interface: str | None = None
-    """The interface that NCCL and gloo talk over; None: they choose."""
-    signal_delay_s: int = limited(120, ">= 0", most=86_400)
-    """How long before the time limit Slurm warns the job, which must be enough to save a checkpoint."""
-    hang_timeout_min: float = limited(20.0, "> 0", most=100_000)
-    """A rank that has not moved for so long ends itself, and with it the job; longer than any compilation or save."""
-    max_restarts: int = limited(0, ">= 0", most=10_000)
-    """How often a job that crashed is started again, from its last checkpoint."""
-
-    def check_together(self, found: Mistakes) -> None:
-        """What concerns several keys of the section."""
-        found.require(
-            self.gpus_per_node <= 0 or self.ranks_per_node == self.gpus_per_node,
-            f"launcher.tasks_per_node={self.tasks_per_node}: must equal launcher.gpus_per_node={self.gpus_per_node}"
-            " (one rank a GPU), or leave it out",
-        )
-        found.require(
-            self.signal_delay_s < 60 * max(self.time_min, 1),
-            f"launcher.signal_delay_s={self.signal_delay_s}: must be less than launcher.time_min={self.time_min} min",
-        )
-
-    @property
-    def ranks_per_node(self) -> int:
-        """Processes started on each node."""
-        return self.tasks_per_node or self.gpus_per_node or 1
-
-    @property
-    def world_size(self) -> int:
-        """Processes of the whole job."""
-        return self.nodes * self.ranks_per_node
-
-
-@dataclass
 class WandbConfig(Section):
     """Weights & Biases."""
 
     section: ClassVar[str] = "wandb"
     project: str = "tdkd-dist"
+    """The project that runs are shown in."""
     entity: str | None = None
+    """The user or team whose project it is; None: yours."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online if this user is logged in, else offline."""
     timeout_s: float = limited(60.0, "> 0", "seconds", most=100_000)

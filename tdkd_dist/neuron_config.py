@@ -22,10 +22,13 @@ class NeuronConfig(Section):
     kind: Literal["if", "lif", "plif"] = "lif"
     """`if`: no leak (decay 1, whatever `decay` says); `plif`: each layer learns its decay, starting from `decay`."""
     decay: float = limited(0.5, "[0, 1]")
+    """Share of the membrane potential that a timestep keeps."""
     threshold: float = limited(1.0, "> 0", most=1000)
+    """The membrane potential from which on a neuron fires."""
     v_reset: float | None = limited(None, "[-1000, 1000]")
     """None: soft reset (subtract the threshold); a number: hard reset to it."""
     surrogate: Literal["sigmoid", "atan", "rectangle", "triangle"] = "sigmoid"
+    """The shape of the gradient that stands in for the spike's."""
     surrogate_alpha: float | None = limited(None, "> 0", most=1000)
     """Slope of the surrogate gradient; None: the surrogate's own default (sigmoid 4, atan 2, the others 1)."""
     detach_reset: bool = False

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = """
 mistakes files curves distributed
 limits command_line batch_norm losses
-neuron_config metrics
+neuron_config launcher_config metrics
 config neurons
 recipe
 students.base students.outside

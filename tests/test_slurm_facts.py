@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tdkd_dist.cluster import slurm
-from tdkd_dist.config import LauncherConfig
+from tdkd_dist.launcher_config import LauncherConfig
 
 PARTITIONS = """\
 PartitionName=cpu AllowGroups=ALL AllowAccounts=ALL Default=YES QoS=N/A DefaultTime=NONE MaxNodes=UNLIMITED \

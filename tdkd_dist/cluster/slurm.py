@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from tdkd_dist.config import LauncherConfig
+from tdkd_dist.launcher_config import LauncherConfig
 
 MOST_CPUS = 16
 """CPUs that a rank is given at most unless `launcher.cpus_per_task` says otherwise: loading needs no more."""
