@@ -213,6 +213,9 @@ class SpikingNeuron(nn.Module):
         self.writes_shortcut_gradient = False
         """Compiled, behind an identity shortcut: whether to write the sum of the gradients that meet in it. Less is
         moved in Inductor's code for a GPU, more in that for a CPU, where it takes several kernels."""
+        self.carries = False
+        """Whether a call is one timestep, from `membrane` and into it: `SpikingNet.step` sets both, and clears them."""
+        self.membrane: Tensor | None = None
         if config.kind == "plif":
             # [1] and not a scalar: DeepSpeed broadcasts parameters as bytes, which a scalar can't be viewed as.
             self.w = nn.Parameter(torch.tensor([math.log(1 / config.decay - 1)]))
@@ -231,19 +234,22 @@ class SpikingNeuron(nn.Module):
 
     def forward(self, x: Tensor, constant: bool = False) -> Tensor:
         """Spikes `[T*B, ...]` for currents `[T*B, ...]`, T-major; `constant`: `[B, ...]`, the same at every step."""
+        if self.carries:
+            spikes, self.membrane = self.step(x, self.membrane)
+            return spikes
         T = self.num_timesteps
         if torch.compiler.is_compiling():
             return self._unroll(x, constant=constant)
         x_TB = x.expand(T, *x.shape) if constant else x.view(T, -1, *x.shape[1:])
-        spikes: Tensor = _FoldedNeuron.apply(x_TB, self.decay, self._dynamics)
-        return spikes.flatten(0, 1)
+        s_TB: Tensor = _FoldedNeuron.apply(x_TB, self.decay, self._dynamics)
+        return s_TB.flatten(0, 1)
 
     def add_spikes(self, x: Tensor, shortcut: Tensor, *, identity: bool) -> Tensor:
         """`shortcut + forward(x)`, all `[T*B, ...]`; compiled, the sum is a part of the neurons' kernel.
 
         `identity`: whether the shortcut is what the block reads, not a convolution of it.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self.carries:
             return self._unroll(x, shortcut, identity and self.writes_shortcut_gradient)
         spikes: Tensor = self(x)
         return shortcut + spikes

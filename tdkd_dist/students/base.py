@@ -15,6 +15,9 @@ from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 Net = TypeVar("Net", bound=nn.Module)
+State = dict[str, Tensor]
+"""Between two timesteps: every neuron layer's membrane by its name; under `INPUT` what the image gives each time."""
+INPUT = "input"
 
 
 class SpikingNet(nn.Module):
@@ -85,6 +88,37 @@ class SpikingNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Feature maps `[T, B, C, H, W]`, before pooling."""
         raise NotImplementedError
+
+    def step(self, images: Tensor, state: State | None = None, *, frame: bool = False) -> tuple[Tensor, State]:
+        """One timestep: logits `[B, K]` and the state after it, for images `[B, C, H, W]`; `state` None: at rest.
+
+        T steps give what `forward` gives in eval mode. What is the same at every step is computed in the first and
+        kept in the state, so that later steps look at `state` alone; with `frame`, `images` is this step's frame. The
+        state is a dict of tensors `[B, ...]`, whose rows can be selected.
+        """
+        neurons = {name: m for name, m in self.named_modules() if isinstance(m, SpikingNeuron)}
+        after = {} if frame else {INPUT: self.prepare(images) if state is None else state[INPUT]}
+        timesteps = self.num_timesteps
+        self.set_num_timesteps(1)
+        try:
+            for name, neuron in neurons.items():
+                neuron.carries, neuron.membrane = True, None if state is None else state[name]
+            x = self.forward_features(images.unsqueeze(0)) if frame else self.forward_prepared(after[INPUT])
+            logits_BK = self.forward_head(x)[0]
+            after |= {name: n.membrane for name, n in neurons.items() if n.membrane is not None}
+        finally:
+            for neuron in neurons.values():
+                neuron.carries, neuron.membrane = False, None
+            self.set_num_timesteps(timesteps)
+        return logits_BK, after
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """What of a static image's pass is the same at every timestep, `[B, ...]`: the image, unless one knows more."""
+        return images
+
+    def forward_prepared(self, x: Tensor) -> Tensor:
+        """`forward_features` of what `prepare` gave."""
+        return self.forward_features(x)
 
     def fold(self, x: Tensor) -> Tensor:
         """`[T*B, C, H, W]` of frames `[T, B, C, H, W]`, or of images `[B, C, H, W]`, each at every timestep."""

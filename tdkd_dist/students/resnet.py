@@ -83,20 +83,27 @@ class SpikingResNetBase(SpikingNet):
         return (getattr(self, f"layer{i + 1}") for i in range(self.num_stages))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Feature maps `[T, B, C, H, W]`, before pooling."""
-        x = self.forward_stem(x)
+        """Feature maps `[T, B, C, H, W]`, before pooling; a static image passes convolution and batch norm once."""
+        if x.ndim == 4:
+            return self.forward_prepared(self.prepare(x))
+        x = self.bn1(self.conv1(self.fold(x)))
+        return self.forward_stages(self.maxpool(x if self.sn1 is None else self.sn1(x)))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """The stem up to its neuron or, where it has none, to its end."""
+        x = batch_norm.batch_norm_repeated(self.bn1, self.conv1(images), self.num_timesteps)
+        return self.maxpool(x) if self.sn1 is None else x
+
+    def forward_prepared(self, x: Tensor) -> Tensor:
+        """Feature maps of what `prepare` gave."""
+        x = self.fold(x) if self.sn1 is None else self.maxpool(self.sn1(x, constant=True))
+        return self.forward_stages(x)
+
+    def forward_stages(self, x: Tensor) -> Tensor:
+        """Feature maps `[T, B, C, H, W]` of what the first block reads, `[T*B, C, H, W]`."""
         for number, stage in enumerate(self.stages, start=1):
             x = run_keeping_inputs(stage, x) if self.training and number in self.recomputed else stage(x)
         return self.unfold(x if self.sn_head is None else self.sn_head(x))
-
-    def forward_stem(self, x: Tensor) -> Tensor:
-        """What the first block reads, `[T*B, C, H, W]`; a static image passes convolution and batch norm once."""
-        if x.ndim != 4:
-            x = self.bn1(self.conv1(self.fold(x)))
-            return self.maxpool(x if self.sn1 is None else self.sn1(x))  # type: ignore[no-any-return]
-        x = batch_norm.batch_norm_repeated(self.bn1, self.conv1(x), self.num_timesteps)
-        x = self.fold(self.maxpool(x)) if self.sn1 is None else self.maxpool(self.sn1(x, constant=True))
-        return x
 
 
 def run_keeping_inputs(blocks: nn.Module, x: Tensor) -> Tensor:
