@@ -25,7 +25,7 @@ data.sources.parquet data.sources.ground_truth
 data.sources.archives
 data.sources data.beton.manifest
 data.beton.writing data.beton.verify data.beton.staging data.checks data.ffcv_reader data.folder_reader
-data.loaders
+data.loaders anytime
 validate
 run.heartbeat run.figures run.log run.progress
 run.folder
