@@ -7,6 +7,7 @@ Shapes: T timesteps, B images, K classes.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -78,12 +79,30 @@ class ExitRule:
         largest = log_p.exp().topk(min(2, mean.shape[-1]), dim=-1).values
         return largest[..., 0] - largest[..., -1] if self.kind == "margin" else largest[..., 0]
 
-    def decide(self, logits_TBK: Tensor) -> Tensor:
-        """`[B]`: the timesteps (from 1) at which samples stop, of the logits of all T."""
-        stops, T = _Stops(self), len(logits_TBK)
-        stops_TB = torch.stack([stops(mean_BK, t) for t, mean_BK in enumerate(ensembles(logits_TBK), start=1)])
-        stops_TB[T - 1] = True
+    def measure(self, means_TBK: Tensor) -> Tensor:
+        """What is compared with the threshold after each timestep, `[T, B]` of m_1, m_2, ...: see `decide_measured`."""
+        if self.kind != "patience":
+            return self.score(means_TBK)
+        unchanged = [torch.zeros_like(means_TBK[0, :, 0], dtype=torch.int64)]
+        predicted_TB = means_TBK.argmax(-1)
+        for before_B, now_B in itertools.pairwise(predicted_TB):
+            unchanged.append((unchanged[-1] + 1) * (now_B == before_B))
+        return torch.stack(unchanged)
+
+    def stops(self, measured_B: Tensor, t: int) -> Tensor:
+        """`[B]`: who stops after timestep t, by what was measured."""
+        threshold = self.threshold_at(t)
+        return measured_B <= threshold if self.kind == "entropy" else measured_B >= threshold
+
+    def decide_measured(self, measured_TB: Tensor) -> Tensor:
+        """`[B]`: the timesteps (from 1) at which samples stop."""
+        stops_TB = torch.stack([self.stops(measured_B, t) for t, measured_B in enumerate(measured_TB, start=1)])
+        stops_TB[-1] = True
         return stops_TB.to(torch.uint8).argmax(0) + 1
+
+    def decide(self, logits_TBK: Tensor) -> Tensor:
+        """The same, of the logits of all T."""
+        return self.decide_measured(self.measure(ensembles(logits_TBK)))
 
     def save(self, path: str | Path) -> None:
         """Write the rule as JSON."""
@@ -128,17 +147,16 @@ class _Stops:
 
     def __call__(self, mean_BK: Tensor, t: int) -> Tensor:
         """`[B]`: who stops after timestep t."""
-        rule, threshold = self._rule, self._rule.threshold_at(t)
-        if rule.kind == "patience":
-            predicted_B = mean_BK.argmax(-1)
-            if self._predicted_B is None or self._unchanged_B is None:
-                self._unchanged_B = torch.zeros_like(predicted_B)
-            else:
-                self._unchanged_B = (self._unchanged_B + 1) * (predicted_B == self._predicted_B)
-            self._predicted_B = predicted_B
-            return self._unchanged_B >= threshold
-        score_B = rule.score(mean_BK)
-        return score_B <= threshold if rule.kind == "entropy" else score_B >= threshold
+        rule = self._rule
+        if rule.kind != "patience":
+            return rule.stops(rule.score(mean_BK), t)
+        predicted_B = mean_BK.argmax(-1)
+        if self._predicted_B is None or self._unchanged_B is None:
+            self._unchanged_B = torch.zeros_like(predicted_B)
+        else:
+            self._unchanged_B = (self._unchanged_B + 1) * (predicted_B == self._predicted_B)
+        self._predicted_B = predicted_B
+        return rule.stops(self._unchanged_B, t)
 
     def keep(self, rows: Tensor) -> None:
         """Only these samples go on."""

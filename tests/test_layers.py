@@ -26,7 +26,7 @@ data.sources.archives
 data.sources data.beton.manifest
 data.beton.writing data.beton.verify data.beton.staging data.checks data.ffcv_reader data.folder_reader
 data.loaders anytime
-validate
+calibration validate
 run.heartbeat run.figures run.log run.progress
 run.folder
 run.record

@@ -1,0 +1,142 @@
+"""Choosing when to stop, on held-out samples, with a bound on what it costs.
+
+Shapes: T timesteps, B samples, K classes, C candidates.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tdkd_dist.anytime import ExitRule, Kind
+from tdkd_dist.losses import ensembles
+from tdkd_dist.metrics import label_rank
+from tdkd_dist.mistakes import Mistake, require
+
+CONFIDENCE = 0.95
+CANDIDATES = 400
+"""Thresholds that are tried, at equal shares of the samples' scores."""
+
+
+def calibrate(
+    logits_TBK: Tensor,
+    labels_B: Tensor,
+    kind: Kind,
+    *,
+    max_drop: float | None = None,
+    mean_timesteps: float | None = None,
+) -> ExitRule:
+    """The rule of a kind with the smallest mean t whose accuracy is at most `max_drop` points below that at T.
+
+    Held-out samples alone may be given: none that was trained on, none that is reported on. With 95 % confidence the
+    loss on such samples is within `max_drop`: candidates are tried from the one that never stops early towards the
+    laxest, and the first whose bound is beyond ends the search, so that no correction for their number is needed (fixed
+    sequence testing, as in Angelopoulos et al. 2021). The bound is that of `bound_drop`. Or, with `mean_timesteps`,
+    the most accurate one whose mean t is at most that; nothing is then promised of its accuracy.
+
+    Raises `Mistake` if neither or both are given, or if nothing but running all T timesteps is within them.
+    """
+    T, B, _ = logits_TBK.shape
+    require((max_drop is None) != (mean_timesteps is None), "give either max_drop or mean_timesteps")
+    require(
+        len(labels_B) == B and B > 0, f"{B} samples and {len(labels_B)} labels: as many are wanted, and one at least"
+    )
+    means_TBK = ensembles(logits_TBK)
+    correct_TB = label_rank(means_TBK, labels_B) == 0
+    measured_TB = ExitRule(kind, 0).measure(means_TBK)
+    tried = [ExitRule(kind, threshold, T) for threshold in candidates(kind, measured_TB)]
+    exits = [rule.decide_measured(measured_TB) for rule in tried]
+    chosen: int | None = None
+    for k in sorted(range(len(tried)), key=lambda k: -float(exits[k].double().mean())):
+        mean_t = float(exits[k].double().mean())
+        if mean_timesteps is not None:
+            better = chosen is None or _top1(correct_TB, exits[k]) > _top1(correct_TB, exits[chosen])
+            chosen = k if mean_t <= mean_timesteps and better else chosen
+        elif max_drop is not None:
+            if bound_drop(correct_TB, exits[k]) > max_drop:
+                break
+            chosen = k
+    if chosen is None:
+        raise Mistake(_nothing(max_drop, mean_timesteps, B))
+    found = describe(correct_TB, exits[chosen])
+    aim = {"max_drop": max_drop, "mean_timesteps_at_most": mean_timesteps, "confidence": CONFIDENCE}
+    return ExitRule(kind, tried[chosen].threshold, T, aim | found)
+
+
+def candidates(kind: Kind, measured_TB: Tensor) -> list[float]:
+    """Thresholds to try: numbers of steps for patience, else quantiles of the scores before T, and the strictest."""
+    T = len(measured_TB)
+    if kind == "patience":
+        return [float(k) for k in range(T, -1, -1)]
+    scores = measured_TB[: max(T - 1, 1)].double().flatten().numpy()
+    quantiles = np.quantile(scores, np.linspace(0, 1, CANDIDATES), method="inverted_cdf")
+    strictest = 0.0 if kind == "entropy" else 1.0
+    return sorted({*np.clip(quantiles, 0, 1).tolist(), strictest})
+
+
+def bound_drop(correct_TB: Tensor, exit_B: Tensor, confidence: float = CONFIDENCE) -> float:
+    """An upper bound in points of what stopping early costs, against T, at that confidence.
+
+    Of the discordant samples alone: those that only T gets right, minus those that only the early exit does. Each
+    share has its exact one-sided bound (Clopper and Pearson 1934), at half the risk each.
+    """
+    early_B, late_B = _at(correct_TB, exit_B), correct_TB[-1]
+    lost, won, B = int((late_B & ~early_B).sum()), int((early_B & ~late_B).sum()), len(exit_B)
+    if bool((exit_B == len(correct_TB)).all()):
+        return 0.0
+    return 100 * (_clopper_pearson(lost, B, confidence)[1] - _clopper_pearson(won, B, confidence)[0])
+
+
+def describe(correct_TB: Tensor, exit_B: Tensor) -> dict[str, Any]:
+    """Accuracy under a rule and at T, the bound, mean and histogram of t: what a rule's file keeps."""
+    T = len(correct_TB)
+    return {
+        "samples": len(exit_B),
+        "top1": _top1(correct_TB, exit_B),
+        "top1_at_T": 100 * float(correct_TB[-1].double().mean()),
+        "drop_bound": bound_drop(correct_TB, exit_B),
+        "mean_timesteps": float(exit_B.double().mean()),
+        "histogram": [100 * float((exit_B == t).double().mean()) for t in range(1, T + 1)],
+    }
+
+
+def area_under_roc(score: NDArray[np.float64] | Sequence[float], right: NDArray[np.bool_] | Sequence[bool]) -> float:
+    """How well a score tells right from wrong: the chance that a right sample's is larger than a wrong one's.
+
+    Ties count half (Mann and Whitney 1947); nan if all are right or all are wrong.
+    """
+    score, right = np.asarray(score, dtype=np.float64), np.asarray(right, dtype=bool)
+    n_right, n_wrong = int(right.sum()), int((~right).sum())
+    if not n_right or not n_wrong:
+        return float("nan")
+    _, position, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[position]
+    return float((rank[right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
+
+
+def _at(correct_TB: Tensor, exit_B: Tensor) -> Tensor:
+    return correct_TB.gather(0, (exit_B - 1).unsqueeze(0)).squeeze(0)
+
+
+def _top1(correct_TB: Tensor, exit_B: Tensor) -> float:
+    return 100 * float(_at(correct_TB, exit_B).double().mean())
+
+
+def _clopper_pearson(count: int, of: int, confidence: float) -> tuple[float, float]:
+    """A two-sided interval whose sides have half the risk each."""
+    from scipy.stats import beta
+
+    risk = (1 - confidence) / 2
+    low = beta.ppf(risk, count, of - count + 1) if count else 0.0
+    return float(low), float(beta.ppf(1 - risk, count + 1, of - count)) if count < of else 1.0
+
+
+def _nothing(max_drop: float | None, mean_timesteps: float | None, samples: int) -> str:
+    if mean_timesteps is not None:
+        return f"mean_timesteps={mean_timesteps}: no threshold stops so early; the least is 1"
+    return (
+        f"max_drop={max_drop}: with {samples} held-out samples not even running all timesteps can be shown to lose so"
+        " little; give more samples, or allow more"
+    )

@@ -1,0 +1,111 @@
+"""Choosing a threshold: the bound, the choice and the ranking, against scipy, scikit-learn and simulation."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from tdkd_dist.anytime import ExitRule
+from tdkd_dist.calibration import area_under_roc, bound_drop, calibrate, candidates, describe
+from tdkd_dist.losses import ensembles
+from tdkd_dist.metrics import label_rank
+from tdkd_dist.mistakes import Mistake
+
+T, K = 4, 5
+
+
+def draw(seed: int, samples: int, noise: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [T, B, K] that get surer and righter with t, and labels [B]."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(K, (samples,), generator=generator)
+    clean = 3 * torch.nn.functional.one_hot(labels, K).double()
+    hardness = torch.rand(samples, 1, generator=generator, dtype=torch.float64) * 2
+    noises = torch.randn(T, samples, K, generator=generator, dtype=torch.float64) * noise * hardness
+    return clean + noises, labels
+
+
+def correct(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return label_rank(ensembles(logits), labels) == 0
+
+
+@pytest.mark.parametrize("kind", ["confidence", "entropy", "margin", "patience"])
+def test_the_rule_with_the_fewest_timesteps_within_the_bound(kind):
+    logits, labels = draw(0, 4000)
+    rule = calibrate(logits, labels, kind, max_drop=1.5)
+    right = correct(logits, labels)
+    found = rule.calibration
+    exits = rule.decide(logits)
+    assert found["samples"] == 4000
+    assert found["drop_bound"] == pytest.approx(bound_drop(right, exits))
+    assert found["drop_bound"] <= 1.5
+    assert found["top1_at_T"] - found["top1"] <= found["drop_bound"]
+    assert found["mean_timesteps"] == pytest.approx(exits.double().mean().item())
+    assert found["mean_timesteps"] < T or kind == "patience"
+    assert sum(found["histogram"]) == pytest.approx(100)
+    # Whatever stops earlier comes after one that is beyond the bound.
+    measured = rule.measure(ensembles(logits))
+    others = [ExitRule(kind, x, T).decide_measured(measured) for x in candidates(kind, measured)]
+    earlier = [other for other in others if other.double().mean() < exits.double().mean()]
+    if earlier:
+        assert bound_drop(right, max(earlier, key=lambda other: other.double().mean())) > 1.5
+
+
+def test_the_bound_is_exact_on_discordant_samples():
+    right = torch.zeros(2, 100, dtype=torch.bool)
+    right[1, :10] = True  # ten that only T gets right
+    right[0, 10:13] = True  # three that only t = 1 does
+    exits = torch.ones(100, dtype=torch.int64)
+    beta = pytest.importorskip("scipy.stats").beta
+    want = beta.ppf(0.975, 11, 90) - beta.ppf(0.025, 3, 98)
+    assert bound_drop(right, exits) == pytest.approx(100 * want)
+    assert bound_drop(right, torch.full((100,), 2)) == 0.0
+    assert describe(right, exits)["top1"] == pytest.approx(3.0)
+
+
+def test_the_bound_holds_on_other_samples():
+    """In at most 5 % of calibrations the true loss, on many more samples, is above what was allowed."""
+    allowed, beyond, tries = 2.0, 0, 40
+    logits, labels = draw(10_000, 40_000)
+    right = correct(logits, labels)
+    for seed in range(tries):
+        rule = calibrate(*draw(seed, 600), "confidence", max_drop=allowed)
+        exits = rule.decide(logits)
+        top1 = right.gather(0, (exits - 1).unsqueeze(0)).double().mean() * 100
+        beyond += bool(right[-1].double().mean() * 100 - top1 > allowed)
+    assert beyond <= 5  # of 40 at 5 %: more with a chance of 1 %
+
+
+def test_the_most_accurate_within_a_mean_t():
+    logits, labels = draw(1, 1000)
+    right = correct(logits, labels)
+    rule = calibrate(logits, labels, "margin", mean_timesteps=2.0)
+    found = rule.calibration
+    assert found["mean_timesteps"] <= 2.0
+    measured = rule.measure(ensembles(logits))
+    for x in candidates("margin", measured):
+        exits = ExitRule("margin", x, T).decide_measured(measured)
+        if exits.double().mean() <= 2.0:
+            assert describe(right, exits)["top1"] <= found["top1"]
+
+
+def test_what_cannot_be_is_said():
+    logits, labels = draw(2, 50)
+    with pytest.raises(Mistake, match=r"max_drop=-1: with 50 held-out samples"):
+        calibrate(logits, labels, "confidence", max_drop=-1)
+    with pytest.raises(Mistake, match=r"mean_timesteps=0\.5: no threshold stops so early"):
+        calibrate(logits, labels, "confidence", mean_timesteps=0.5)
+    with pytest.raises(Mistake, match="either"):
+        calibrate(logits, labels, "confidence")
+
+
+@settings(max_examples=50)
+@given(scores=st.lists(st.integers(0, 8), min_size=2, max_size=60), seed=st.integers(0, 2**16))
+def test_the_ranking_is_scikit_learns(scores, seed):
+    right = np.random.default_rng(seed).random(len(scores)) < 0.6
+    found = area_under_roc(scores, right)
+    if right.all() or not right.any():
+        assert np.isnan(found)
+    else:
+        assert found == pytest.approx(roc_auc_score(right, scores))
