@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = """
-mistakes files curves distributed
+mistakes
+files curves distributed
 limits command_line batch_norm losses
 neuron_config metrics
 config neurons
