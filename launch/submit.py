@@ -19,7 +19,7 @@ import os
 import sys
 
 from tdkd_dist.command_line import Parser, run_tool
-from tdkd_dist.mistakes import require
+from tdkd_dist.mistakes import Mistakes, printable, require
 
 
 def main(arguments: list[str]) -> int:
@@ -79,17 +79,18 @@ def submit(settings: list[str], *, dry_run: bool) -> int:
 
 
 def manage(action: str, runs: list[str]) -> int:
-    """status, logs or cancel, for each run."""
+    """status, logs or cancel, for each run; `Mistake` at the end with those for which it could not be done."""
     from tdkd_dist.cluster import follow, status
 
+    mistakes = Mistakes()
     for path in runs:
-        folder = status.open_run(path)
-        if action == "status":
-            print(status.describe_run(folder))
-        elif action == "cancel":
-            print(status.cancel(folder))
-        else:
-            follow.show_log(folder)
+        with mistakes.gathered():
+            folder = status.open_run(path)
+            if action == "logs":
+                follow.show_log(folder)
+            else:
+                print(printable(status.describe_run(folder) if action == "status" else status.cancel(folder)))
+    mistakes.tell()
     return 0
 
 

@@ -44,14 +44,12 @@ def append_text(path: Path, text: str) -> bool:
 
     Raises `Mistake` if `path` is a symbolic link.
     """
-    size = None
+    size: int | None = None
     try:
         with open(path, "a", encoding="utf-8", opener=_not_through_a_link) as stream:
             size = stream.tell()
             stream.write(text)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise Mistake(f"{path}: a symbolic link, which is not written through; remove it") from error
+    except OSError:
         if size is not None:
             with suppress(OSError):
                 os.truncate(path, size)
@@ -59,6 +57,17 @@ def append_text(path: Path, text: str) -> bool:
     return True
 
 
+def cut(path: Path, size: int) -> None:
+    """Leave the first `size` bytes of a file. Raises `Mistake` if `path` is a symbolic link."""
+    with open(path, "r+b", opener=_not_through_a_link) as stream:
+        stream.truncate(size)
+
+
 def _not_through_a_link(path: str, flags: int) -> int:
     """An opener for `open`."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Mistake(f"{path}: a symbolic link, which is not written through; remove it") from error
+        raise

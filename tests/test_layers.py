@@ -28,7 +28,8 @@ data.sources data.beton.manifest
 data.beton.writing data.beton.verify data.beton.staging data.checks data.ffcv_reader data.folder_reader
 data.loaders
 validate
-run.heartbeat run.figures run.log run.folder
+run.reading run.figures run.log
+run.heartbeat run.folder
 run.record
 training.compilation training.guard training.meter
 training.engine

@@ -47,7 +47,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, config):
 def test_only_the_full_length_counts_as_finished(tmp_path, config):
     folder = RunFolder(tmp_path)
     assert folder.read_summary(config) is None
-    write_json(folder.summary_file, {"epochs": config.train.epochs, "max_steps": None})
+    write_json(folder.summary_file, {"epochs": config.train.epochs, "max_steps": None, "table": "", "figure": ""})
     assert folder.read_summary(config) is not None
     config.train.epochs += 1
     assert folder.read_summary(config) is None

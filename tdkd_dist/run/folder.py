@@ -15,9 +15,9 @@ skipped.jsonl             the samples of steps that were skipped because their l
 submitit/, wandb/         each rank's own output; the W&B record
 """
 
-import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +26,9 @@ from typing import Any
 
 from tdkd_dist.config import Config, flatten
 from tdkd_dist.files import write_json
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.mistakes import Mistake, require
 from tdkd_dist.recipe import read_config, save_config
+from tdkd_dist.run.reading import read_json
 
 MAY_DIFFER = ("train.epochs", "train.max_steps", "train.save_", "train.keep_", "launcher.", "wandb.timeout_s", "run.")
 """Keys that may change when a run is resumed: its length and where it runs (`run.` is checked on its own)."""
@@ -59,11 +60,16 @@ class RunFolder:
         write_json(self.job_file, content)
 
     def read_job(self) -> dict[str, str] | None:
-        """What `write_job` recorded; None if there was no job, or it is another machine's process."""
-        try:
-            job: dict[str, str] = json.loads((self.job_file).read_text())
-        except (OSError, ValueError):
+        """What `write_job` recorded; None if there was no job, or it is another machine's process.
+
+        Raises `Mistake` if that is damaged: whether a job is alive can't be told.
+        """
+        job = read_json(self.job_file, cluster=str, job_id=str, host=str, restarts=str)
+        if job is None:
             return None
+        # It is handed to programs and to kill(2): `-1` would be every process.
+        is_job = job["cluster"] in ("local", "slurm") and re.fullmatch(r"[0-9]{1,10}(_[0-9]{1,10})?", job["job_id"])
+        require(bool(is_job), f"{self.job_file}: names no job ({job['cluster']} {job['job_id']}); delete it")
         return job if job["cluster"] == "slurm" or job["host"] == platform.node() else None
 
     def create(self, config: Config) -> None:
@@ -103,10 +109,12 @@ class RunFolder:
             )
 
     def read_summary(self, config: Config) -> dict[str, Any] | None:
-        """The outcome if the run that `config` describes has finished here, at its full length."""
-        try:
-            summary: dict[str, Any] = json.loads(self.summary_file.read_text())
-        except (OSError, ValueError):
+        """The outcome if the run that `config` describes has finished here, at its full length.
+
+        Raises `Mistake` if it is damaged.
+        """
+        summary = read_json(self.summary_file, epochs=int, max_steps=int | None, table=str, figure=str)
+        if summary is None:
             return None
         same_length = (summary["epochs"], summary["max_steps"]) == (config.train.epochs, config.train.max_steps)
         return summary if same_length else None

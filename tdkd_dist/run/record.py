@@ -2,14 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tdkd_dist.config import Config, flatten
-from tdkd_dist.files import append_text, write_text
+from tdkd_dist.files import append_text, cut
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.log import Log
+from tdkd_dist.run.reading import is_there, iter_mappings, lines_from_end, opened, parse_mapping
+
+NUMBERS = {int, float}
 
 
 class Record:
@@ -125,15 +128,27 @@ def _patience_at_the_end(config: Config) -> float:
     return config.wandb.timeout_s if in_time else min(config.wandb.timeout_s, notice_s / 3)
 
 
+def iter_rows(path: Path, *keys: str, backward: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of a `metrics.jsonl` that have all `keys`: numbers, `epoch` and `global_step` among them.
+
+    From its start or `backward` from its end, without holding them; what is no row or no number is left out.
+    """
+    for found in iter_mappings(path, "epoch", "global_step", *keys, backward=backward):
+        row = found
+        if not set(map(type, found.values())) <= NUMBERS:
+            row = {key: value for key, value in found.items() if type(value) in NUMBERS}
+        if type(row.get("epoch")) is type(row.get("global_step")) is int and all(key in row for key in keys):
+            yield row
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    """The rows of a short `metrics.jsonl`."""
+    return list(iter_rows(path))
+
+
+def last_row(path: Path, *keys: str) -> dict[str, Any] | None:
+    """The last row that has all `keys`; None if there is none."""
+    return next(iter_rows(path, *keys, backward=True), None)
 
 
 def format_table(found: dict[str, Any]) -> str:
@@ -148,8 +163,15 @@ def format_table(found: dict[str, Any]) -> str:
 
 
 def _drop_rows_after(path: Path, global_step: int) -> None:
-    """Forget what a resumed run will do again."""
-    rows = read_rows(path)
-    kept = [row for row in rows if row.get("global_step", 0) <= global_step]
-    if len(kept) < len(rows):
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    """Forget what a resumed run will do again, and what a crash cut short; rows are in the order of their steps."""
+    if not is_there(path):
+        return
+    with opened(path) as stream:
+        size = keep = stream.seek(0, os.SEEK_END)
+        for start, line in lines_from_end(stream):
+            step = (parse_mapping(line) or {}).get("global_step")
+            if start + len(line) < size and isinstance(step, int) and step <= global_step:
+                break
+            keep = start
+    if keep < size:
+        cut(path, keep)
