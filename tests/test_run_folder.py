@@ -2,7 +2,9 @@
 
 import json
 import logging
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +79,31 @@ def test_wandb_offline_is_kept_and_its_upload_is_told(tmp_path, config, monkeypa
     (synced,) = [line.split()[-1] for line in folder.log_file.read_text().splitlines() if "wandb sync" in line]
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert synced == str(next(tmp_path.glob("wandb/offline-run-*")))
+
+
+def test_all_that_wandb_recorded_offline_of_one_run_is_told_in_order(tmp_path, config, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config.wandb.mode = "auto"
+    folder = RunFolder(tmp_path / "a run")
+    names = [
+        "offline-run-20250102_000000-abc",
+        "offline-run-20250101_000000-abc",
+        "offline-run-20250101_000000-x-abc",
+        "offline-run-20250103_000000-abc",
+        "run-20250101_000000-abc",
+        "offline-run-20250101_000000-abcd",
+    ]
+    for name in names:
+        (folder.path / "wandb" / name).mkdir(parents=True)
+    (folder.path / "wandb" / names[3] / "run-abc.wandb.synced").touch()
+    record = Record(folder, config, Log(folder.log_file), wandb_id="abc", global_step=-1)
+    record.write({"epoch": 1, "global_step": 1, "val/top1_t1": 50.0})
+    record.close()
+    (line,) = [line for line in folder.log_file.read_text().splitlines() if "wandb sync" in line]
+    told = [Path(path) for path in shlex.split(line[line.index("wandb sync") :])[2:]]
+    assert [path.name for path in told[:2]] == [names[1], names[0]]
+    assert len(told) == 3
+    assert list(told[2].glob("*.wandb"))
 
 
 def test_the_packages_own_messages_reach_the_log(tmp_path):

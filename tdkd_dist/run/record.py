@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,16 +58,18 @@ class Record:
         self._send(send)
 
     def close(self) -> None:
-        """End the W&B run and, if it was offline, say how to upload it."""
+        """End the W&B run and say how to upload what was recorded offline, now or before the run was resumed."""
         if self._wandb is None:
             return
-        offline, directory = self._wandb.offline, Path(self._wandb.dir).parent
+        directory = Path(self._wandb.dir).parent
         try:
             self._wandb.finish()
         except Exception:  # the upload is late, or W&B broke down: what was recorded is on the disk
-            self._log.say(f"W&B did not take all of this run; to upload it: wandb sync --include-online {directory}")
+            upload = shlex.join(["wandb", "sync", "--include-online", str(directory)])
+            self._log.say(f"W&B did not take all of this run; to upload it: {upload}")
+        offline = _find_offline(directory.parent, self._wandb.id)
         if offline:
-            self._log.say(f"W&B was offline; to upload this run: wandb sync {directory}")
+            self._log.say(f"W&B was offline; to upload this run: {shlex.join(['wandb', 'sync', *map(str, offline)])}")
         self._wandb = None
 
     def _start_wandb(self, config: Config) -> None:
@@ -119,6 +123,13 @@ class Record:
         except Exception as error:
             self._log.say(f"W&B stopped: {type(error).__name__}: {error}; the JSONL record goes on")
             self._wandb = None
+
+
+def _find_offline(folder: Path, wandb_id: str) -> list[Path]:
+    """What was recorded of one run without W&B's server and has not been uploaded, the first part first."""
+    name = re.compile(rf"offline-run-\d{{8}}_\d{{6}}-{re.escape(wandb_id)}")
+    parts = sorted(path for path in folder.iterdir() if name.fullmatch(path.name) and path.is_dir())
+    return [part for part in parts if not any(part.glob("*.synced"))]
 
 
 def _patience_at_the_end(config: Config) -> float:
