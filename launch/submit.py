@@ -10,7 +10,8 @@
     python launch/submit.py cancel RUN...                   save a checkpoint and stop
 
 The run lives in runs/NAME. The same command again resumes it; Ctrl-C stops it cleanly, at a step boundary.
-Exit status: 0 finished, 1 crashed, 2 a mistake in the command, recipe or data, 130 stopped.
+A terminal that closes ends the command alone: the job goes on.
+Exit status: 0 finished, 1 crashed, 2 a mistake in the command, recipe or data, 129 hung up, 130 stopped.
 """
 
 # Imports are where they are needed: a status line must not wait for torch.

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tdkd_dist.run.heartbeat import find_laggard, read_signs
 from tdkd_dist.run.log import PROGRESS_PREFIX
 from tdkd_dist.run.reading import LONGEST_LINE, opened
 
-FINISHED, CRASHED, USERS_MISTAKE, STOPPED = 0, 1, 2, 130
+FINISHED, CRASHED, USERS_MISTAKE, HUNG_UP, STOPPED = 0, 1, 2, 129, 130
 POLL_S = 0.5
 QUEUE_POLL_S = 5.0
 """Slurm's controller serves everybody: ask it less often than a file."""
@@ -48,8 +48,11 @@ class Follower:
         return self._interrupts > 0
 
     def follow(self) -> int:
-        """Until the job is gone, requeued or restarted as it may be in between; its exit status."""
-        with _calling(self._interrupt, signal.SIGINT, signal.SIGTERM):
+        """Until the job is gone, requeued or restarted as it may be in between; its exit status.
+
+        Raises `SystemExit` if the terminal hangs up: the job goes on.
+        """
+        with _calling(self._interrupt, signal.SIGINT, signal.SIGTERM), _calling(self._hang_up, *_hang_ups()):
             while not (self._left_slurm() if self._cluster == "slurm" else self._done_here()):
                 self._log.show()
                 time.sleep(POLL_S)
@@ -136,6 +139,11 @@ class Follower:
         print("stopping the job at its next step; again to kill it", file=sys.stderr)
         scheduler.ask_to_stop(self._cluster, str(self._job.job_id))
 
+    def _hang_up(self) -> None:
+        with suppress(OSError):  # that terminal is gone, unless what we say goes elsewhere
+            print(f"hung up; the job goes on: python launch/submit.py logs {self._folder.path}", file=sys.stderr)
+        raise SystemExit(HUNG_UP)
+
 
 def show_log(folder: RunFolder) -> None:
     """Print a run's log, and what is added to it while its job is there."""
@@ -207,6 +215,11 @@ def _bar(line: str, width: int = 20) -> str | None:
         return None
     full = width * int(found[1]) // max(int(found[2]), 1)
     return f"[{'#' * min(full, width)}{'.' * (width - full)}]"
+
+
+def _hang_ups() -> list[signal.Signals]:
+    """What a terminal sends that closes; nothing under nohup."""
+    return [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
 
 
 @contextmanager
