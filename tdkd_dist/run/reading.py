@@ -46,7 +46,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_json(path: Path, **types: type | UnionType) -> dict[str, Any] | None:
-    """The JSON mapping in `path`, None if that isn't there.
+    """The JSON mapping in `path`, with all keys of `types`; None if that isn't there.
 
     Raises `Mistake` if it is no mapping, or one in which a key of `types` is not of its type.
     """
@@ -59,7 +59,7 @@ def read_json(path: Path, **types: type | UnionType) -> dict[str, Any] | None:
     if found is None or wrong:
         what = f"its {', '.join(wrong)} cannot be" if wrong else "no JSON mapping"
         raise Mistake(f"{path}: not as a run writes it ({what}); delete it, or bring back what was there")
-    return found
+    return dict.fromkeys(types) | found
 
 
 def iter_mappings(path: Path, *keys: str, backward: bool = False) -> Iterator[dict[str, Any]]:
