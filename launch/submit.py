@@ -10,7 +10,8 @@
     python launch/submit.py cancel RUN...                   save a checkpoint and stop
 
 The run lives in runs/NAME. The same command again resumes it; Ctrl-C stops it cleanly, at a step boundary.
-Exit status: 0 finished, 1 crashed, 2 a mistake in the command, recipe or data, 130 stopped.
+A terminal that closes ends the command alone: the job goes on.
+Exit status: 0 finished, 1 crashed, 2 a mistake in the command, recipe or data, 129 hung up, 130 stopped.
 """
 
 # Imports are where they are needed: a status line must not wait for torch.
@@ -19,7 +20,7 @@ import os
 import sys
 
 from tdkd_dist.command_line import Parser, run_tool
-from tdkd_dist.mistakes import require
+from tdkd_dist.mistakes import Mistakes, printable, require
 
 
 def main(arguments: list[str]) -> int:
@@ -79,17 +80,18 @@ def submit(settings: list[str], *, dry_run: bool) -> int:
 
 
 def manage(action: str, runs: list[str]) -> int:
-    """status, logs or cancel, for each run."""
+    """status, logs or cancel, for each run; `Mistake` at the end with those for which it could not be done."""
     from tdkd_dist.cluster import follow, status
 
+    mistakes = Mistakes()
     for path in runs:
-        folder = status.open_run(path)
-        if action == "status":
-            print(status.describe_run(folder))
-        elif action == "cancel":
-            print(status.cancel(folder))
-        else:
-            follow.show_log(folder)
+        with mistakes.gathered():
+            folder = status.open_run(path)
+            if action == "logs":
+                follow.show_log(folder)
+            else:
+                print(printable(status.describe_run(folder) if action == "status" else status.cancel(folder)))
+    mistakes.tell()
     return 0
 
 

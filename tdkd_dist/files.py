@@ -1,11 +1,14 @@
 """A file stands under its name whole or not at all."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from tdkd_dist.mistakes import Mistake
 
 
 @contextmanager
@@ -14,8 +17,9 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.unlink(missing_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode
+        # Made here and now, not through a link that somebody else has put in its place.
+        with open(partial, "xb", opener=_not_through_a_link) as stream:
+            mode = os.fstat(stream.fileno()).st_mode
         yield partial
         partial.chmod(mode)  # safetensors' files are for their owner alone
         partial.replace(path)
@@ -36,13 +40,34 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def append_text(path: Path, text: str) -> bool:
-    """Append all of `text`, or nothing: on a full disk what was written of it is taken back, and False returned."""
-    size = path.stat().st_size if path.exists() else 0
+    """Append all of `text`, or nothing: on a full disk what was written of it is taken back, and False returned.
+
+    Raises `Mistake` if `path` is a symbolic link.
+    """
+    size: int | None = None
     try:
-        with path.open("a", encoding="utf-8") as stream:
+        with open(path, "a", encoding="utf-8", opener=_not_through_a_link) as stream:
+            size = stream.tell()
             stream.write(text)
     except OSError:
-        with suppress(OSError):
-            os.truncate(path, size)
+        if size is not None:
+            with suppress(OSError):
+                os.truncate(path, size)
         return False
     return True
+
+
+def cut(path: Path, size: int) -> None:
+    """Leave the first `size` bytes of a file. Raises `Mistake` if `path` is a symbolic link."""
+    with open(path, "r+b", opener=_not_through_a_link) as stream:
+        stream.truncate(size)
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    """An opener for `open`."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Mistake(f"{path}: a symbolic link, which is not written through; remove it") from error
+        raise

@@ -11,7 +11,7 @@ from tdkd_dist.cluster.follow import LogTail, _bar
 from tdkd_dist.cluster.job import CACHES, Job, _SignalFlags, keep_caches_local
 from tdkd_dist.config import Config
 from tdkd_dist.mistakes import Mistake
-from tdkd_dist.run.log import PROGRESS_PREFIX
+from tdkd_dist.run.log import PROGRESS_PREFIX, Log
 from tdkd_dist.training.checkpoint import warn_of_short_notice
 
 
@@ -111,3 +111,32 @@ def test_a_notice_too_short_for_a_save_is_told_in_slurm_jobs_alone(monkeypatch):
     said = warn_of_short_notice(100, 120)
     assert said is not None
     assert said.startswith("warning: saving took 100 s; launcher.signal_delay_s=120 should be 300 or more")
+
+
+def test_a_character_that_a_read_cuts_in_half_is_shown_whole(tmp_path, capsys):
+    log = tmp_path / "log.txt"
+    tail = LogTail(log)
+    whole = "a · b\n".encode()
+    for end in (3, len(whole)):
+        log.write_bytes(whole[:end])
+        tail.show()
+    assert capsys.readouterr().out == "a · b\n"
+
+
+@pytest.mark.parametrize("line", ["", "x/y", "5", "5/0 of", "5/ of", "7/5 of epoch 1/2", "9" * 5000 + "/1 of"])
+def test_a_progress_line_of_another_form_is_a_line(tmp_path, capsys, monkeypatch, line):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    log = tmp_path / "log.txt"
+    tail = LogTail(log)
+    log.write_text(f"{PROGRESS_PREFIX}{line}\nnext\n")
+    tail.show()
+    assert capsys.readouterr().out.endswith("next\n")
+
+
+def test_a_log_commands_no_terminal(tmp_path, capsys):
+    said = Log(tmp_path / "log.txt")
+    said.say("\x1b[2Jrun\r\n\ud800 two")
+    assert (tmp_path / "log.txt").read_text() == "\\x1b[2Jrun\\r\n\\ud800 two\n"
+    (tmp_path / "log.txt").write_bytes(b"\x1b[2Jrun\xff\x9b\n")
+    LogTail(tmp_path / "log.txt", from_start=True).show()
+    assert capsys.readouterr().out == "\\x1b[2Jrun\ufffd\ufffd\n"

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = """
-mistakes files curves distributed
+mistakes
+files curves distributed
 limits command_line batch_norm losses
 neuron_config launcher_config metrics
 config neurons
@@ -27,7 +28,8 @@ data.sources data.beton.manifest
 data.beton.writing data.beton.verify data.beton.staging data.checks data.ffcv_reader data.folder_reader
 data.loaders anytime
 calibration validate
-run.heartbeat run.figures run.log run.progress
+run.reading run.figures run.log
+run.heartbeat run.progress
 run.folder
 run.record
 training.compilation training.guard training.meter training.state

@@ -14,6 +14,7 @@ from scipy import stats
 from tdkd_dist.curves import flatten_curves
 from tdkd_dist.files import write_json
 from tdkd_dist.metrics import TimestepCounts
+from tdkd_dist.mistakes import printable
 from tdkd_dist.recipe import load_config
 from tdkd_dist.report import tables
 from tdkd_dist.report.page import write_page
@@ -146,9 +147,11 @@ class Page(html.parser.HTMLParser):
         self.fetched: list[str] = []
         self.headings: list[str] = []
         self.open: list[str] = []
+        self.seen: set[str] = set()
 
     def handle_starttag(self, tag, attrs):
         self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href") and not v.startswith(("#", "data:"))]
+        self.seen.add(tag)
         if tag not in ("meta", "link"):
             self.open.append(tag)
 
@@ -181,6 +184,23 @@ def test_the_page_is_whole_and_needs_no_network(folders, tmp_path):
     assert "alone (trained at T = 2)" in text
     assert "±" in text
     assert r"\toprule" in text
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "$\\frac{$", "\x1b[2J\ud800", "a & b"])
+def test_a_name_is_only_text_in_the_page_and_on_the_terminal(tmp_path, capsys, name):
+    runs, _ = load_runs([make_run(tmp_path, "a"), make_run(tmp_path, "b", "loss.beta=0")])
+    for run, end in zip(runs, ("1", "2"), strict=True):
+        run.config.run.name = run.config.student.model = name + end
+    groups = group_runs(runs)
+    write_page(tmp_path / "page.html", groups, [printable(name)], tsne_images=0, say=print)
+    text = (tmp_path / "page.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert "script" not in page.seen
+    assert html.unescape(text).count(printable(name) + "1") > 10, "in headings, tables and pictures"
+    compare_runs.say(tables.markdown(tables.accuracy_table(groups)))
+    assert printable(name) + "1" in capsys.readouterr().out
 
 
 def test_the_wandb_report_is_kept_when_the_server_cannot_be_reached(folders, tmp_path, capsys, monkeypatch):

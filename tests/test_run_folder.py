@@ -2,8 +2,10 @@
 
 import json
 import logging
+import shlex
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -100,14 +102,12 @@ def test_other_data_is_refused_or_said_in_the_record(tmp_path, config):
     config.data.train = load_config("fashion_sew", []).data.train
     with pytest.raises(Mistake, match=r"^data\.train=\S+: \S+/run was trained on other data \(signature cccc.* dddd"):
         folder.create(config, {"train": "d" * 64, "val": "b" * 64})
-    assert read_rows(folder.metrics_file) == []
     config.run.allow_other_data = True
     for _ in range(2):
         folder.create(config, {"train": "d" * 64, "val": "b" * 64})
-    (row,) = read_rows(folder.metrics_file)
-    assert (row["epoch"], row["global_step"]) == (1, 7)
-    assert row["note"].endswith(": other data from step 7 on")
-    assert folder.log_file.read_text().count("other data from step 7 on") == 1
+    (note,) = folder.notes_at(7)
+    assert note == f"data.train={config.data.train}: other data from here on"
+    assert folder.notes_at(8) == []
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, config):
@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, config):
 def test_only_the_full_length_counts_as_finished(tmp_path, config):
     folder = RunFolder(tmp_path)
     assert folder.read_summary(config) is None
-    write_json(folder.summary_file, {"epochs": config.train.epochs, "max_steps": None})
+    write_json(folder.summary_file, {"epochs": config.train.epochs, "max_steps": None, "table": "", "figure": ""})
     assert folder.read_summary(config) is not None
     config.train.epochs += 1
     assert folder.read_summary(config) is None
@@ -160,6 +160,31 @@ def test_wandb_offline_is_kept_and_its_upload_is_told(tmp_path, config, monkeypa
     (synced,) = [line.split()[-1] for line in folder.log_file.read_text().splitlines() if "wandb sync" in line]
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert synced == str(next(tmp_path.glob("wandb/offline-run-*")))
+
+
+def test_all_that_wandb_recorded_offline_of_one_run_is_told_in_order(tmp_path, config, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config.wandb.mode = "auto"
+    folder = RunFolder(tmp_path / "a run")
+    names = [
+        "offline-run-20250102_000000-abc",
+        "offline-run-20250101_000000-abc",
+        "offline-run-20250101_000000-x-abc",
+        "offline-run-20250103_000000-abc",
+        "run-20250101_000000-abc",
+        "offline-run-20250101_000000-abcd",
+    ]
+    for name in names:
+        (folder.path / "wandb" / name).mkdir(parents=True)
+    (folder.path / "wandb" / names[3] / "run-abc.wandb.synced").touch()
+    record = Record(folder, config, Log(folder.log_file), wandb_id="abc", global_step=-1)
+    record.write({"epoch": 1, "global_step": 1, "val/top1_t1": 50.0})
+    record.close()
+    (line,) = [line for line in folder.log_file.read_text().splitlines() if "wandb sync" in line]
+    told = [Path(path) for path in shlex.split(line[line.index("wandb sync") :])[2:]]
+    assert [path.name for path in told[:2]] == [names[1], names[0]]
+    assert len(told) == 3
+    assert list(told[2].glob("*.wandb"))
 
 
 def test_the_packages_own_messages_reach_the_log(tmp_path):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tdkd_dist.command_line import Parser, run_tool
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.mistakes import Mistake, Mistakes, printable
 from tdkd_dist.report import figures, tables
 from tdkd_dist.report.page import write_page
 from tdkd_dist.report.runs import check_comparable, group_runs, load_runs
@@ -41,34 +41,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Print the tables and write what was asked for."""
-    runs, notes = load_runs(args.runs)
+    """Print the tables and write what was asked for; `Mistake` at the end with the runs that are damaged."""
+    broken = Mistakes()
+    runs, notes = load_runs(args.runs, broken)
     check_comparable(runs)
     notes += [f"{run.folder}: {run.state}" for run in runs if not run.finished]
     groups = group_runs(runs)
-    print(tables.markdown(tables.accuracy_table(groups)))
+    say(tables.markdown(tables.accuracy_table(groups)))
     paired = tables.paired_table(groups) if len(groups) > 1 else []
     if len(paired) > 1:
-        print("\n" + tables.markdown(paired))
+        say("\n" + tables.markdown(paired))
     for note in notes:
-        print(note)
+        say(note)
+    notes += [f"left out: {line}" for line in broken.lines]
     if args.figure is not None:
         try:
             figures.accuracy_against_timestep(groups, args.figure)
         except OSError as error:
             raise Mistake(f"--figure {args.figure}: cannot be written ({error.strerror})") from error
-        print(f"figure: {args.figure}")
+        say(f"figure: {args.figure}")
     if args.wandb is not None:
         from tdkd_dist.report import wandb_report
 
         entity, project = args.wandb.split("/")
         beside = args.html.with_suffix(".wandb.json") if args.html else Path("comparison.wandb.json")
         line = wandb_report.send_or_keep(wandb_report.build(groups, notes, entity, project), beside)
-        print(line)
+        say(line)
         notes.append(line)
     if args.html is not None:
-        write_page(args.html, groups, notes, tsne_images=args.tsne, say=lambda text: print(text, flush=True))
-        print(f"page: {args.html}")
+        write_page(args.html, groups, notes, tsne_images=args.tsne, say=say)
+        say(f"page: {args.html}")
+    broken.tell()
+
+
+def say(text: str) -> None:
+    """Print names and paths that are not ours."""
+    print(printable(text), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """A job's log as it grows, and its ranks' outcomes as an exit status."""
 
+import codecs
+import os
+import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,9 @@ from tdkd_dist.mistakes import printable
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import Sign, describe_laggard, find_laggard, read_signs
 from tdkd_dist.run.log import PROGRESS_PREFIX
+from tdkd_dist.run.reading import LONGEST_LINE, opened
 
-FINISHED, CRASHED, USERS_MISTAKE, STOPPED = 0, 1, 2, 130
+FINISHED, CRASHED, USERS_MISTAKE, HUNG_UP, STOPPED = 0, 1, 2, 129, 130
 POLL_S = 0.5
 QUEUE_POLL_S = 5.0
 """Slurm's controller serves everybody: ask it less often than a file."""
@@ -45,8 +49,11 @@ class Follower:
         return self._interrupts > 0
 
     def follow(self) -> int:
-        """Until the job is gone, requeued or restarted as it may be in between; its exit status."""
-        with _calling(self._interrupt, signal.SIGINT, signal.SIGTERM):
+        """Until the job is gone, requeued or restarted as it may be in between; its exit status.
+
+        Raises `SystemExit` if the terminal hangs up: the job goes on.
+        """
+        with _calling(self._interrupt, signal.SIGINT, signal.SIGTERM), _calling(self._hang_up, *_hang_ups()):
             while not (self._left_slurm() if self._cluster == "slurm" else self._done_here()):
                 self._log.show()
                 time.sleep(POLL_S)
@@ -84,7 +91,7 @@ class Follower:
         outcomes = [outcome_of(task) for task in self._tasks]
         refused = [o.message for o in outcomes if isinstance(o, Outcome) and o.state == "refused"]
         if refused:
-            print("\n".join(f"error: {line}" for line in refused[0].splitlines()), file=sys.stderr)
+            print("\n".join(f"error: {printable(line)}" for line in refused[0].splitlines()), file=sys.stderr)
             return USERS_MISTAKE
         signs, no_memory = read_signs(self._folder.heartbeat), count_memory_kills() > self._memory_kills
         first = find_first(self._tasks, signs, no_memory=no_memory and self._cluster == "local")
@@ -98,8 +105,9 @@ class Follower:
         elif self._cluster == "slurm":
             reason = slurm.how_it_ended(str(self._job.job_id)) or reason
         if not self.interrupted:
-            print(f"error: rank {rank} crashed: {printable(reason)}", file=sys.stderr)
-            print(f"its output: {self._tasks[rank].paths.stdout}", file=sys.stderr)
+            print(printable(f"error: rank {rank} crashed: {reason}"), file=sys.stderr)
+            # A sign of life may name a rank that is none.
+            print(f"its output: {self._tasks[rank % len(self._tasks)].paths.stdout}", file=sys.stderr)
         return STOPPED if self.interrupted else CRASHED
 
     def _interrupt(self) -> None:
@@ -110,6 +118,11 @@ class Follower:
             return
         print("stopping the job at its next step; again to kill it", file=sys.stderr)
         scheduler.ask_to_stop(self._cluster, str(self._job.job_id))
+
+    def _hang_up(self) -> None:
+        with suppress(OSError):  # that terminal is gone, unless what we say goes elsewhere
+            print(f"hung up; the job goes on: python launch/submit.py logs {self._folder.path}", file=sys.stderr)
+        raise SystemExit(HUNG_UP)
 
 
 def show_log(folder: RunFolder) -> None:
@@ -127,20 +140,20 @@ class LogTail:
 
     def __init__(self, path: Path, *, from_start: bool = False) -> None:
         self._path = path
-        self._offset = path.stat().st_size if path.exists() and not from_start else 0
+        self._offset = 0 if from_start else self._size()
+        # What was read last may end within a character, or within a line.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._half = ""
         self._on_progress = False
 
     def show(self) -> None:
-        """Print the whole lines that are new."""
-        if not self._path.exists():
-            return
-        with self._path.open(encoding="utf-8") as stream:
-            stream.seek(self._offset)
-            text = stream.read()
-        text = text[: text.rfind("\n") + 1]
-        self._offset += len(text.encode())
-        for line in text.splitlines():
-            self._print(line)
+        """Print the whole lines that are new. Raises `Mistake` if the log can't be read."""
+        while new := self._read():
+            *lines, self._half = (self._half + self._decoder.decode(new)).split("\n")
+            if len(self._half) > LONGEST_LINE:
+                lines, self._half = [*lines, self._half], ""
+            for line in lines:
+                self._print(printable(line))
 
     def end(self) -> None:
         """Leave a progress line that stands."""
@@ -148,20 +161,45 @@ class LogTail:
             print(flush=True)
             self._on_progress = False
 
+    def _size(self) -> int:
+        try:
+            with opened(self._path) as stream:
+                return stream.seek(0, os.SEEK_END)
+        except FileNotFoundError:
+            return 0
+
+    def _read(self) -> bytes:
+        try:
+            with opened(self._path) as stream:
+                stream.seek(self._offset)
+                new = stream.read(LONGEST_LINE)
+        except FileNotFoundError:
+            return b""
+        self._offset += len(new)
+        return new
+
     def _print(self, line: str) -> None:
-        progress = line.startswith(PROGRESS_PREFIX) and sys.stdout.isatty()
+        bar = _bar(line) if sys.stdout.isatty() else None
+        progress = bar is not None
         start = "\r\x1b[K" if self._on_progress else ""
-        if progress:
-            line = (_bar(line) + line)[: shutil.get_terminal_size().columns - 1]
+        if bar is not None:
+            line = (bar + line)[: shutil.get_terminal_size().columns - 1]
         print(start + line, end="" if progress else "\n", flush=True)
         self._on_progress = progress
 
 
-def _bar(line: str, width: int = 20) -> str:
-    """A bar for the `done/total` that a progress line starts with."""
-    done, total = line.removeprefix(PROGRESS_PREFIX).split(" ")[0].split("/")
-    full = width * int(done) // int(total)
-    return f"[{'#' * full}{'.' * (width - full)}]"
+def _bar(line: str, width: int = 20) -> str | None:
+    """A bar for the `done/total` that a progress line starts with; None if `line` is none."""
+    found = re.match(re.escape(PROGRESS_PREFIX) + r"([0-9]{1,12})/([0-9]{1,12}) ", line)
+    if found is None:
+        return None
+    full = width * int(found[1]) // max(int(found[2]), 1)
+    return f"[{'#' * min(full, width)}{'.' * (width - full)}]"
+
+
+def _hang_ups() -> list[signal.Signals]:
+    """What a terminal sends that closes; nothing under nohup."""
+    return [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
 
 
 @contextmanager

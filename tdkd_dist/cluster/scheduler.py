@@ -6,6 +6,8 @@ import signal
 import subprocess
 from typing import Any, Literal
 
+from tdkd_dist.mistakes import Mistake
+
 State = Literal["pending", "running", "gone"]
 
 
@@ -47,9 +49,9 @@ def standing(cluster: str, job_id: str) -> tuple[State, str]:
 def ask_to_stop(cluster: str, job_id: str) -> None:
     """Let the job save a checkpoint and end; a job that only waits is taken out of the queue."""
     if cluster == "slurm":
-        subprocess.run(["scancel", "--state=PENDING", job_id], check=False)
+        _scancel("--state=PENDING", job_id)
         # Not TERM, which is what Slurm itself sends when it ends a step.
-        subprocess.run(["scancel", "--signal=INT", "--state=RUNNING", job_id], check=False)
+        _scancel("--signal=INT", "--state=RUNNING", job_id)
     else:
         # submitit's controller passes TERM on to every rank.
         _send(int(job_id), signal.SIGTERM)
@@ -58,10 +60,17 @@ def ask_to_stop(cluster: str, job_id: str) -> None:
 def kill(cluster: str, job_id: str) -> None:
     """End the job at once."""
     if cluster == "slurm":
-        subprocess.run(["scancel", job_id], check=False)
+        _scancel(job_id)
     else:
         for pid in _local_ranks(job_id):
             _send(pid, signal.SIGKILL)
+
+
+def _scancel(*arguments: str) -> None:
+    try:
+        subprocess.run(["scancel", *arguments], check=False)
+    except OSError as error:
+        raise Mistake(f"scancel cannot be run here ({error.strerror}); use a machine of the cluster") from error
 
 
 def _controller(job_id: str) -> Any:
@@ -87,3 +96,5 @@ def _send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
+    except PermissionError as error:
+        raise Mistake(f"process {pid} is another user's, who alone may end it") from error

@@ -3,7 +3,7 @@
 from tdkd_dist.cluster import follow, preflight, scheduler, submission
 from tdkd_dist.cluster.follow import FINISHED, STOPPED, Follower
 from tdkd_dist.config import Config
-from tdkd_dist.mistakes import Mistakes
+from tdkd_dist.mistakes import Mistakes, printable
 from tdkd_dist.recipe import to_yaml
 from tdkd_dist.run.folder import RunFolder
 
@@ -34,7 +34,7 @@ def run(config: Config, findings: preflight.Findings | None = None) -> int:
     folder.check(config)
     finished = folder.read_summary(config)
     if finished:
-        print(f"{folder.path} is finished\n{finished['table']}\nfigure: {finished['figure']}")
+        print(printable(f"{folder.path} is finished\n{finished['table']}\nfigure: {finished['figure']}"))
         return 0
     submission.refuse_if_alive(folder)
     findings = findings or preflight.check(config, cluster=cluster)

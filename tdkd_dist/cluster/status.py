@@ -1,5 +1,6 @@
 """Where a run is, in a few lines, read from its folder and from the scheduler."""
 
+import os
 import time
 from pathlib import Path
 
@@ -11,26 +12,28 @@ from tdkd_dist.recipe import read_config
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.heartbeat import find_laggard, read_signs
 from tdkd_dist.run.log import PROGRESS_PREFIX, format_seconds
-from tdkd_dist.run.record import read_rows
+from tdkd_dist.run.reading import is_there, opened
+from tdkd_dist.run.record import last_row
 
 
 def open_run(path: str) -> RunFolder:
     """The run in a folder, or `runs/` with a run's name. Raises `Mistake` if there is none."""
     for folder in (RunFolder(Path(path)), RunFolder(Path("runs") / path)):
-        if folder.config_file.is_file():
+        if is_there(folder.config_file):
             return folder
     raise Mistake(f"{path}: no run is here (no config.yaml)")
 
 
 def describe_run(folder: RunFolder) -> str:
-    """State, place in the training, speed, time left, accuracy after every timestep, restarts."""
+    """State, place in the training, speed, time left, accuracy after every timestep, restarts.
+
+    Raises `Mistake` if one of its files is damaged.
+    """
     config = read_config(folder.config_file)
-    rows = read_rows(folder.metrics_file)
     job = folder.read_job()
     lines = [f"{folder.path}: {_state(folder, config)}"]
-    trained = [row for row in rows if "train/images_per_s" in row]
-    if trained:
-        last = trained[-1]
+    last = last_row(folder.metrics_file, "train/images_per_s", "train/loss")
+    if last is not None:
         of = f" of {config.train.max_steps}" if config.train.max_steps else ""
         lines.append(
             f"epoch {last['epoch'] + 1}/{config.train.epochs}, step {last['global_step']}{of},"
@@ -39,9 +42,8 @@ def describe_run(folder: RunFolder) -> str:
     progress = _last_progress(folder)
     if progress and not lines[0].endswith("finished"):
         lines.append(progress)
-    validated = [row for row in rows if "val/top1_t1" in row]
-    if validated:
-        row = validated[-1]
+    row = last_row(folder.metrics_file, "val/top1_t1")
+    if row is not None:
         lines.append(f"top-1 after each timestep, epoch {row['epoch']}: {format_curve(read_curve(row, 'val/top1'))} %")
     restarts = count_restarts(job) if job is not None else 0
     if restarts:
@@ -52,8 +54,9 @@ def describe_run(folder: RunFolder) -> str:
 def count_restarts(job: dict[str, str]) -> int:
     """How often the job's batch script has requeued it after a crash."""
     try:
-        return int((Path(job["restarts"]) / job["job_id"]).read_text())
-    except (OSError, ValueError):
+        with opened(Path(job["restarts"]) / job["job_id"]) as stream:
+            return int(stream.read(20))
+    except (FileNotFoundError, ValueError):  # there was none, or a `Mistake`
         return 0
 
 
@@ -92,10 +95,10 @@ def _state(folder: RunFolder, config: Config) -> str:
 def _last_progress(folder: RunFolder) -> str | None:
     """The last progress line of the log."""
     try:
-        with folder.log_file.open("rb") as stream:
-            stream.seek(max(0, folder.log_file.stat().st_size - 10_000))
+        with opened(folder.log_file) as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 10_000))
             lines = stream.read().decode(errors="replace").splitlines()
-    except OSError:
+    except FileNotFoundError:
         return None
     found = [line.strip() for line in lines if line.startswith(PROGRESS_PREFIX)]
     return found[-1] if found else None

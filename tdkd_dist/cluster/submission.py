@@ -164,7 +164,7 @@ def _submitted(executor: Any, jobs: list[Job]) -> list[Any]:
     from submitit.core.utils import FailedJobError
 
     try:
-        with _ignoring(signal.SIGINT), _outside_any_job():
+        with _ignoring(signal.SIGINT), _ignoring(signal.SIGHUP), _outside_any_job():
             if len(jobs) == 1:
                 return [executor.submit(jobs[0])]
             with executor.batch():
@@ -232,7 +232,10 @@ def _requeue(max_restarts: int) -> list[str]:
 
 @contextmanager
 def _ignoring(number: signal.Signals) -> Iterator[None]:
-    """Children started inside inherit the deafness: the terminal's Ctrl-C reaches only us, who stop the job cleanly."""
+    """Children started inside inherit the deafness.
+
+    The terminal's Ctrl-C reaches only us, who stop the job cleanly, and its hang-up ends only us: the job goes on.
+    """
     previous = signal.signal(number, signal.SIG_IGN)
     try:
         yield

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from tdkd_dist.curves import key_at
 from tdkd_dist.report.runs import Floats, Group
 
 SIZE = (4.6, 3.3)
@@ -27,6 +26,7 @@ SETTINGS = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "text.parse_math": False,  # a run's name may hold dollars
 }
 
 
@@ -79,8 +79,7 @@ def accuracy_against_average_timesteps(groups: Sequence[Group]) -> str | None:
 def loss_trends(group: Group) -> str | None:
     """Training loss of the ensemble after each timestep against epochs; the group's first seed."""
     run = group.runs[0]
-    rows = [row for row in run.rows if "train/loss_t1" in row]
-    if not rows:
+    if not len(run.losses):
         return None
     # A run of less than an epoch is drawn against its steps.
     per_step = run.last["epoch"] / max(run.last["global_step"], 1) or 1.0
@@ -90,9 +89,9 @@ def loss_trends(group: Group) -> str | None:
         T = run.config.student.num_timesteps
         colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, T))
         for t in range(1, T + 1):
-            key = key_at("train/loss", t)
-            points = [(r["global_step"] * per_step, r[key]) for r in rows if key in r]
-            axes.plot(*zip(*points, strict=True), lw=1.2, color=colors[t - 1], label=f"t = {t}")
+            known = np.isfinite(run.losses[:, t])
+            steps, losses = run.losses[known, 0], run.losses[known, t]
+            axes.plot(steps * per_step, losses, lw=1.2, color=colors[t - 1], label=f"t = {t}")
         axes.set(
             xlabel="epoch" if run.last["epoch"] else "step", ylabel="cross-entropy of the ensemble", title=group.name
         )
@@ -110,7 +109,7 @@ def energy_against_timestep(groups: Sequence[Group]) -> str | None:
         for i, group, curves_ST in measured:
             mean_T = curves_ST.mean(0)
             axes.plot(range(1, len(mean_T) + 1), mean_T, marker="o", ms=4, color=_color(i), label=group.name)
-        relu = {round(group.runs[0].last["val/energy_mj_relu"], 9) for _, group, _ in measured}
+        relu = {round(e, 9) for _, g, _ in measured if (e := g.runs[0].last.get("val/energy_mj_relu")) is not None}
         for value in relu:
             axes.axhline(value, ls=":", color="0.3", label="ReLU network, one pass")
         axes.set(xlabel="timesteps at inference", ylabel="mJ an image", yscale="log")
@@ -122,7 +121,7 @@ def energy_against_timestep(groups: Sequence[Group]) -> str | None:
 def firing_rates(groups: Sequence[Group]) -> str | None:
     """Firing rate of every neuron layer from the input on, averaged over timesteps; the group's first seed."""
     measured = [
-        (i, g, v["firing_rates"]) for i, g in enumerate(groups) if (v := g.runs[0].validation) and "firing_rates" in v
+        (i, g, rates) for i, g in enumerate(groups) if (rates := (g.runs[0].validation or {}).get("firing_rates"))
     ]
     if not measured:
         return None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tdkd_dist.files import write_text
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.mistakes import Mistake, printable
 from tdkd_dist.report import figures, tables
 from tdkd_dist.report.features import embed
 from tdkd_dist.report.runs import Group
@@ -33,7 +33,7 @@ def write_page(
         left_out=left_out,
     )
     try:
-        write_text(path, text.strip() + "\n")
+        write_text(path, printable(text.strip()) + "\n")
     except OSError as error:
         raise Mistake(f"--html {path}: cannot be written ({error.strerror})") from error
 

@@ -5,7 +5,9 @@ Shapes: S seeds, T timesteps.
 
 import json
 import math
+import os
 import re
+from array import array
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdkd_dist.config import Config, flatten
-from tdkd_dist.curves import read_curve
+from tdkd_dist.curves import key_at, read_curve
 from tdkd_dist.data.beton.manifest import read_manifest
-from tdkd_dist.mistakes import Mistake, require
+from tdkd_dist.mistakes import Mistake, Mistakes, printable, require
 from tdkd_dist.recipe import read_config
 from tdkd_dist.run.folder import RunFolder
-from tdkd_dist.run.record import read_rows
+from tdkd_dist.run.reading import is_there, read_json
+from tdkd_dist.run.record import NUMBERS, iter_rows
 
 Floats = NDArray[np.float64]
 NOT_COMPARED = (
@@ -34,6 +37,11 @@ NOT_COMPARED = (
     "eval.",
 )
 """Keys in which runs of one group may differ."""
+COSTS = ("step_ms", "images_per_s", "peak_memory_mib", "data_wait_share")
+VALIDATED = ("val/samples", "val/top1_mean", "val/top1_t1")
+"""What a row of a validation has at least."""
+EXIT_KEYS = ("mean_timesteps", "top1")
+"""What is drawn of an early-exit curve."""
 
 
 @dataclass
@@ -42,15 +50,15 @@ class RunData:
 
     folder: Path
     config: Config
-    rows: list[dict[str, Any]]
+    last: dict[str, Any]
+    """The row of the last validation, without what is not finite."""
+    costs: dict[str, Floats]
+    """`COSTS`, a value for each row of the training that has it."""
+    losses: Floats
+    """`[N, 1 + T]`: the step of a row of the training, and the loss after t = 1..T; nan where unknown."""
     validation: dict[str, Any] | None
     """The last validation in full."""
     finished: bool
-
-    @property
-    def last(self) -> dict[str, Any]:
-        """The row of the last validation."""
-        return [row for row in self.rows if "val/top1_t1" in row][-1]
 
     @property
     def state(self) -> str:
@@ -63,10 +71,10 @@ class RunData:
         """A metric of the last validation, such as `top1`, after t = 1..T."""
         return np.array(read_curve(self.last, f"val/{metric}"))
 
-    def mean_of(self, key: str) -> float:
-        """A training figure averaged over the rows after the first, which pays for compilation; nan if unknown."""
-        values = [row[key] for row in self.rows if key in row]
-        return float(np.mean(values[1:] or values)) if values else math.nan
+    def mean_of(self, cost: str) -> float:
+        """One of `COSTS` averaged over the rows after the first, which pays for compilation; nan if unknown."""
+        values = self.costs[cost]
+        return float(np.mean(values[1:] if len(values) > 1 else values)) if len(values) else math.nan
 
 
 @dataclass
@@ -89,25 +97,26 @@ class Group:
     def exit_curve(self, rule: str, key: str) -> Floats | None:
         """`[G]`: the early-exit curve's `key` over its thresholds, averaged over seeds; None if not recorded."""
         found = [run.validation[f"exit_{rule}"].get(key) for run in self.runs if run.validation]
-        return np.mean(found, axis=0) if found and all(f is not None for f in found) else None
+        alike = all(f is not None and len(f) == len(found[0]) for f in found)
+        return np.mean(found, axis=0) if found and alike else None
 
 
-def load_runs(folders: list[Path]) -> tuple[list[RunData], list[str]]:
+def load_runs(folders: list[Path], broken: Mistakes | None = None) -> tuple[list[RunData], list[str]]:
     """The runs in these folders, and a line for each that holds nothing to compare yet.
 
-    Raises `Mistake` naming a folder that holds no run, or if no run is left.
+    Those that are no run or damaged are gathered in `broken` and left out. Raises `Mistake` with them if it isn't
+    given, or if no run is left.
     """
-    runs, left_out = [], []
+    runs, left_out, found = [], [], broken if broken is not None else Mistakes()
     for path in folders:
-        folder = RunFolder(path)
-        require(folder.config_file.is_file(), f"{path}: no run is here (no config.yaml)")
-        rows = read_rows(folder.metrics_file)
-        if not any("val/top1_t1" in row for row in rows):
-            left_out.append(f"{path}: left out, it has not been validated yet")
-            continue
-        config = read_config(folder.config_file)
-        validation = json.loads(folder.validation_file.read_text()) if folder.validation_file.is_file() else None
-        runs.append(RunData(path, config, rows, validation, folder.read_summary(config) is not None))
+        with found.gathered():
+            run = _load(RunFolder(path))
+            if run is not None:
+                runs.append(run)
+            else:
+                left_out.append(f"{path}: left out, it has not been validated yet")
+    if not runs or broken is None:
+        found.tell()
     require(bool(runs), "none of these runs has been validated yet: nothing to compare")
     return runs, left_out
 
@@ -184,6 +193,47 @@ def spread(values_S: Floats) -> float:
     return float(values_S.std(ddof=1)) if len(values_S) > 1 else math.nan
 
 
+def _load(folder: RunFolder) -> RunData | None:
+    """One run; None if it has not been validated yet. Raises `Mistake` if it is no run, or damaged."""
+    require(is_there(folder.config_file), f"{folder.path}: no run is here (no config.yaml)")
+    config = read_config(folder.config_file)
+    loss_keys = [key_at("train/loss", t) for t in range(1, config.student.num_timesteps + 1)]
+    costs = {f"train/{name}": array("d") for name in COSTS}
+    losses, last = array("d"), {}
+    for row in iter_rows(folder.metrics_file):
+        if VALIDATED[0] in row and all(math.isfinite(row.get(key, math.nan)) for key in VALIDATED):
+            last = row
+        for key, values in costs.items():
+            if key in row:
+                values.append(row[key])
+        if loss_keys[0] in row:
+            losses.append(row["global_step"])
+            losses.extend([row.get(key, math.nan) for key in loss_keys])
+    if not last:
+        return None
+    return RunData(
+        folder.path,
+        config,
+        {key: value for key, value in last.items() if math.isfinite(value)},
+        {name: np.array(costs[f"train/{name}"]) for name in COSTS},
+        np.array(losses).reshape(-1, 1 + len(loss_keys)),
+        _read_validation(folder.validation_file),
+        folder.read_summary(config) is not None,
+    )
+
+
+def _read_validation(path: Path) -> dict[str, Any] | None:
+    """The last validation in full, None if there was none. Raises `Mistake` if what is drawn of it is damaged."""
+    found = read_json(path, exit_confidence=dict, exit_entropy=dict, firing_rates=dict | None)
+    if found is None:
+        return None
+    curves = [found[rule].get(key, [0]) for rule in ("exit_confidence", "exit_entropy") for key in EXIT_KEYS]
+    drawn = [*curves, *(found.get("firing_rates") or {}).values()]
+    is_good = all(isinstance(values, list) and values and set(map(type, values)) <= NUMBERS for values in drawn)
+    require(is_good, f"{path}: not as a run writes it (a curve is none); delete it, or bring back what was there")
+    return found
+
+
 def _compared(config: Config) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if not key.startswith(NOT_COMPARED)}
 
@@ -193,15 +243,14 @@ def _name_of(runs: list[RunData]) -> str:
     names = [run.config.run.name for run in runs]
     same = [len(set(letters)) == 1 for letters in zip(*names, strict=False)]
     common = names[0][: [*same, False].index(False)] if len(names) > 1 else re.sub(r"[-_ .]seed\d+$", "", names[0])
-    return common.removesuffix("seed").rstrip("-_ .") or names[0]
+    return printable(common.removesuffix("seed").rstrip("-_ .") or names[0])
 
 
 def _data(run: RunData) -> tuple[Any, ...]:
-    path = run.config.data.val
-    assert path is not None
+    path = run.config.data.val or ""
     try:
         manifest = read_manifest(path)
-    except Mistake:
+    except ValueError:  # a `Mistake`, or a path that no file can have
         manifest = None
-    where = manifest.tables_sha256 if manifest else Path(path).resolve()
-    return str(where), run.last["val/samples"], run.config.student.num_classes
+    where = manifest.tables_sha256 if manifest else os.path.realpath(path)
+    return where, run.last["val/samples"], run.config.student.num_classes

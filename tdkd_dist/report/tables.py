@@ -75,7 +75,7 @@ def cost_table(groups: Sequence[Group]) -> Rows:
     for group in groups:
         launcher = group.config.launcher
         cells = [
-            _mean([run.mean_of(f"train/{key}") for run in group.runs], digits)
+            _mean([run.mean_of(key) for run in group.runs], digits)
             for key, digits in (("step_ms", 0), ("images_per_s", 0), ("peak_memory_mib", 0), ("data_wait_share", 3))
         ]
         machine = "GPU" if launcher.gpus_per_node else "CPU"

@@ -16,9 +16,9 @@ skipped.jsonl             the samples of steps that were skipped because their l
 submitit/, wandb/         each rank's own output; the W&B record
 """
 
-import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from tdkd_dist.config import Config, flatten
-from tdkd_dist.files import append_text, write_json
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.files import write_json
+from tdkd_dist.mistakes import Mistake, require
 from tdkd_dist.recipe import read_config, save_config
-from tdkd_dist.run.progress import Progress, newest_progress
+from tdkd_dist.run.progress import newest_progress
+from tdkd_dist.run.reading import read_json
 
 MAY_DIFFER = ("train.epochs", "train.max_steps", "train.save_", "train.keep_", "launcher.", "wandb.timeout_s", "run.")
 """Keys that may change when a run is resumed: its length and where it runs (`run.` is checked on its own)."""
@@ -64,11 +65,16 @@ class RunFolder:
         write_json(self.job_file, content)
 
     def read_job(self) -> dict[str, str] | None:
-        """What `write_job` recorded; None if there was no job, or it is another machine's process."""
-        try:
-            job: dict[str, str] = json.loads((self.job_file).read_text())
-        except (OSError, ValueError):
+        """What `write_job` recorded; None if there was no job, or it is another machine's process.
+
+        Raises `Mistake` if that is damaged: whether a job is alive can't be told.
+        """
+        job = read_json(self.job_file, cluster=str, job_id=str, host=str, restarts=str)
+        if job is None:
             return None
+        # It is handed to programs and to kill(2): `-1` would be every process.
+        is_job = job["cluster"] in ("local", "slurm") and re.fullmatch(r"[0-9]{1,10}(_[0-9]{1,10})?", job["job_id"])
+        require(bool(is_job), f"{self.job_file}: names no job ({job['cluster']} {job['job_id']}); delete it")
         return job if job["cluster"] == "slurm" or job["host"] == platform.node() else None
 
     def create(self, config: Config, data: dict[str, str] | None = None) -> None:
@@ -90,15 +96,9 @@ class RunFolder:
             save_config(config, self.config_file)
             write_json(self.path / "environment.json", environment())
             if data:
-                write_json(self.data_file, data)
+                write_json(self.data_file, data | {"changed": changed})
         except OSError as error:
             raise Mistake(f"run.dir={self.path}: cannot be written ({error.strerror}); choose another") from error
-        for line in changed:
-            at = newest_progress(self.checkpoints) or Progress()
-            append_text(self.log_file, f"{line}\n")
-            append_text(
-                self.metrics_file, json.dumps({"epoch": at.epoch, "global_step": at.global_step, "note": line}) + "\n"
-            )
 
     def check(self, config: Config) -> None:
         """Raise `Mistake` unless the folder is free for the run that `config` describes, or holds it.
@@ -124,16 +124,13 @@ class RunFolder:
                 " shorter run another run.name"
             )
 
-    def check_data(self, config: Config, data: dict[str, str]) -> list[str]:
-        """Raise `Mistake` if the run has trained on other `data` than this; with `run.allow_other_data`, say so."""
-        try:
-            before = json.loads(self.data_file.read_text())
-            newest = newest_progress(self.checkpoints)
-        except (OSError, ValueError):
+    def check_data(self, config: Config, data: dict[str, str]) -> list[dict[str, Any]]:
+        """The changes of data so far and now, which `run.allow_other_data` must allow. Raises `Mistake`."""
+        newest = newest_progress(self.checkpoints)
+        before = None if newest is None else read_json(self.data_file)
+        if newest is None or before is None:
             return []
-        if newest is None or not isinstance(before, dict):
-            return []
-        lines = []
+        changes = list(before.get("changed") or [])
         for split, now in data.items():
             if before.get(split, now) != now:
                 what = f"data.{split}={getattr(config.data, split)}"
@@ -142,8 +139,13 @@ class RunFolder:
                         f"{what}: {self.path} was trained on other data (signature {str(before[split])[:12]} there,"
                         f" {now[:12]} now): give that again, or another run.name, or run.allow_other_data=true"
                     )
-                lines.append(f"{what}: other data from step {newest.global_step} on")
-        return lines
+                changes.append({"global_step": newest.global_step, "note": f"{what}: other data from here on"})
+        return changes
+
+    def notes_at(self, global_step: int) -> list[str]:
+        """What the record must say of a run that goes on from this step."""
+        changes = (read_json(self.data_file) or {}).get("changed") or []
+        return [change["note"] for change in changes if change["global_step"] == global_step]
 
     def _check_free(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -169,10 +171,12 @@ class RunFolder:
             )
 
     def read_summary(self, config: Config) -> dict[str, Any] | None:
-        """The outcome if the run that `config` describes has finished here, at its full length."""
-        try:
-            summary: dict[str, Any] = json.loads(self.summary_file.read_text())
-        except (OSError, ValueError):
+        """The outcome if the run that `config` describes has finished here, at its full length.
+
+        Raises `Mistake` if it is damaged.
+        """
+        summary = read_json(self.summary_file, epochs=int, max_steps=int | None, table=str, figure=str)
+        if summary is None:
             return None
         same_length = (summary["epochs"], summary["max_steps"]) == (config.train.epochs, config.train.max_steps)
         return summary if same_length else None

@@ -5,14 +5,13 @@ which host. A rank whose training loop has not moved for `launcher.hang_timeout_
 the launcher then ends the others, and what each rank did last tells which one the others were waiting for.
 """
 
-import json
 import os
 import socket
 import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from typing import Any
 import psutil
 
 from tdkd_dist.files import write_json
+from tdkd_dist.mistakes import Mistake
+from tdkd_dist.run.reading import read_json
 
 WRITE_EVERY_S = 5.0
 EXIT_STATUS = 75
@@ -115,13 +116,15 @@ class Heartbeat:
 
 
 def read_signs(folder: Path) -> list[Sign]:
-    """The last sign of every rank, in order; half-written ones are left out."""
+    """The last sign of every rank, in order; damaged ones are left out."""
+    types: dict[str, Any] = {f.name: f.type for f in fields(Sign) if f.name not in ("silent", "written")}
     signs = []
     for path in sorted(folder.glob("rank-*.json")):
-        try:
-            signs.append(Sign(**json.loads(path.read_text()) | {"written": path.stat().st_mtime}))
-        except (OSError, ValueError, TypeError):
-            continue
+        with suppress(Mistake, OSError):
+            found = read_json(path, **types)
+            if found is not None:
+                written = path.stat().st_mtime
+                signs.append(Sign(**{name: found[name] for name in types}, written=written))
     gave_up = max((sign.written for sign in signs if sign.hung), default=0.0)
     for sign in signs:
         sign.silent = not sign.hung and sign.written < gave_up - 3 * WRITE_EVERY_S

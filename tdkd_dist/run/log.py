@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from tdkd_dist.files import append_text
+from tdkd_dist.mistakes import printable
 
 PROGRESS_PREFIX = "  step "
 """How progress lines start; a follower on a terminal shows them as one line that changes."""
@@ -19,7 +20,7 @@ class Log:
     def say(self, text: str) -> None:
         """Append one or more lines."""
         if self.speaks:
-            append_text(self._path, text.rstrip("\n") + "\n")
+            append_text(self._path, printable(text.rstrip("\n")) + "\n")
 
     def take_over_logging(self) -> None:
         """Make the package's own `logging` messages, from INFO on, lines of this log; and Dynamo's one that counts."""

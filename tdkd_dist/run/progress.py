@@ -6,11 +6,13 @@ checkpoint is written.
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tdkd_dist.mistakes import Mistake
+from tdkd_dist.run.reading import read_json
 
 FORM = 2
 """Of checkpoints: 1 was DeepSpeed's pickle, which could run code when it was read."""
@@ -45,10 +47,9 @@ def write_progress(checkpoint: Path, progress: Progress, world_size: int) -> Non
 
 def read_progress(checkpoint: Path) -> tuple[Progress, int]:
     """Where the run stood, and the number of ranks. Raises `Mistake` for a checkpoint of another form."""
-    try:
-        content: Any = json.loads((checkpoint / PROGRESS).read_text())
-    except (OSError, ValueError, RecursionError):
-        content = None
+    content: Any = None
+    with suppress(Mistake):
+        content = read_json(checkpoint / PROGRESS)
     names = [f.name for f in fields(Progress)]
     if isinstance(content, dict) and "form" not in content and set(content) == set(names):
         raise Mistake(

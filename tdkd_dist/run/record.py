@@ -2,14 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable
+import re
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tdkd_dist.config import Config, flatten
-from tdkd_dist.files import append_text, write_text
+from tdkd_dist.files import append_text, cut
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.log import Log
+from tdkd_dist.run.reading import is_there, iter_mappings, lines_from_end, opened, parse_mapping
+
+NUMBERS = {int, float}
 
 
 class Record:
@@ -53,16 +58,18 @@ class Record:
         self._send(send)
 
     def close(self) -> None:
-        """End the W&B run and, if it was offline, say how to upload it."""
+        """End the W&B run and say how to upload what was recorded offline, now or before the run was resumed."""
         if self._wandb is None:
             return
-        offline, directory = self._wandb.offline, Path(self._wandb.dir).parent
+        directory = Path(self._wandb.dir).parent
         try:
             self._wandb.finish()
         except Exception:  # the upload is late, or W&B broke down: what was recorded is on the disk
-            self._log.say(f"W&B did not take all of this run; to upload it: wandb sync --include-online {directory}")
+            upload = shlex.join(["wandb", "sync", "--include-online", str(directory)])
+            self._log.say(f"W&B did not take all of this run; to upload it: {upload}")
+        offline = _find_offline(directory.parent, self._wandb.id)
         if offline:
-            self._log.say(f"W&B was offline; to upload this run: wandb sync {directory}")
+            self._log.say(f"W&B was offline; to upload this run: {shlex.join(['wandb', 'sync', *map(str, offline)])}")
         self._wandb = None
 
     def _start_wandb(self, config: Config) -> None:
@@ -118,6 +125,13 @@ class Record:
             self._wandb = None
 
 
+def _find_offline(folder: Path, wandb_id: str) -> list[Path]:
+    """What was recorded of one run without W&B's server and has not been uploaded, the first part first."""
+    name = re.compile(rf"offline-run-\d{{8}}_\d{{6}}-{re.escape(wandb_id)}")
+    parts = sorted(path for path in folder.iterdir() if name.fullmatch(path.name) and path.is_dir())
+    return [part for part in parts if not any(part.glob("*.synced"))]
+
+
 def _patience_at_the_end(config: Config) -> float:
     """Seconds; on Slurm a third of the notice at most, since a preempted job must be requeued before it is over."""
     notice_s = config.launcher.signal_delay_s
@@ -125,15 +139,27 @@ def _patience_at_the_end(config: Config) -> float:
     return config.wandb.timeout_s if in_time else min(config.wandb.timeout_s, notice_s / 3)
 
 
+def iter_rows(path: Path, *keys: str, backward: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of a `metrics.jsonl` that have all `keys`: numbers, `epoch` and `global_step` among them.
+
+    From its start or `backward` from its end, without holding them; what is no row or no number is left out.
+    """
+    for found in iter_mappings(path, "epoch", "global_step", *keys, backward=backward):
+        row = found
+        if not set(map(type, found.values())) <= NUMBERS:
+            row = {key: value for key, value in found.items() if type(value) in NUMBERS}
+        if type(row.get("epoch")) is type(row.get("global_step")) is int and all(key in row for key in keys):
+            yield row
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    """The rows of a short `metrics.jsonl`."""
+    return list(iter_rows(path))
+
+
+def last_row(path: Path, *keys: str) -> dict[str, Any] | None:
+    """The last row that has all `keys`; None if there is none."""
+    return next(iter_rows(path, *keys, backward=True), None)
 
 
 def format_table(found: dict[str, Any]) -> str:
@@ -148,8 +174,15 @@ def format_table(found: dict[str, Any]) -> str:
 
 
 def _drop_rows_after(path: Path, global_step: int) -> None:
-    """Forget what a resumed run will do again."""
-    rows = read_rows(path)
-    kept = [row for row in rows if row.get("global_step", 0) <= global_step]
-    if len(kept) < len(rows):
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    """Forget what a resumed run will do again, and what a crash cut short; rows are in the order of their steps."""
+    if not is_there(path):
+        return
+    with opened(path) as stream:
+        size = keep = stream.seek(0, os.SEEK_END)
+        for start, line in lines_from_end(stream):
+            step = (parse_mapping(line) or {}).get("global_step")
+            if start + len(line) < size and isinstance(step, int) and step <= global_step:
+                break
+            keep = start
+    if keep < size:
+        cut(path, keep)

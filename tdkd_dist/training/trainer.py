@@ -152,6 +152,9 @@ class Trainer:
         parts.heartbeat.beat("starting W&B", 0)
         record = Record(parts.folder, config, log, wandb_id=progress.wandb_id, global_step=last_step)
         progress.wandb_id = record.wandb_id
+        for note in parts.folder.notes_at(progress.global_step) if restored else []:
+            log.say(note)
+            record.write({"epoch": progress.epoch, "global_step": progress.global_step, "note": note})
         mixer = Mixer(
             mixup=config.data.mixup,
             cutmix=config.data.cutmix,

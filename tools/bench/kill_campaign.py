@@ -32,7 +32,8 @@ from tdkd_dist.data.beton.writing import write
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.log import format_seconds
-from tdkd_dist.run.record import read_rows
+from tdkd_dist.run.reading import iter_mappings
+from tdkd_dist.run.record import last_row
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ("node", "rank", "all")
@@ -65,7 +66,7 @@ def main() -> int:
     data = prepare(work)
     reference = run_reference(work, data)
     record = work / "kills.jsonl"
-    rows = list(read_rows(record))
+    rows = list(iter_mappings(record))
     done = {row["run"] for row in rows}
     for number in sorted(set(range(args.count)) - done):
         began = time.monotonic()
@@ -212,8 +213,8 @@ def wait_for_resumption(folder: RunFolder, process: subprocess.Popen[str], count
 
 def last_step(folder: RunFolder) -> int:
     """The last optimiser step in the record."""
-    rows = read_rows(folder.metrics_file)
-    return max((row["global_step"] for row in rows), default=0)
+    row = last_row(folder.metrics_file)
+    return row["global_step"] if row is not None else 0
 
 
 def same_weights(one: RunFolder, other: RunFolder) -> bool:
