@@ -149,6 +149,24 @@ def test_the_record_forgets_what_a_resumed_run_does_again(tmp_path, config):
     assert all(json.loads(line) for line in folder.metrics_file.read_text().splitlines())
 
 
+@pytest.mark.parametrize("left", ['{"epoch": 0, "glo', '{"epoch": 0, "global_step": 2}', "[1]\n\udcff\n", ""])
+def test_what_a_crash_cut_short_does_not_swallow_the_next_row(tmp_path, config, left):
+    folder = RunFolder(tmp_path)
+    folder.metrics_file.write_text('{"epoch": 0, "global_step": 1}\n' + left, errors="surrogateescape")
+    record = Record(folder, config, Log(folder.log_file), wandb_id=None, global_step=5)
+    record.write({"epoch": 0, "global_step": 6})
+    assert [row["global_step"] for row in read_rows(folder.metrics_file)] == [1, 6]
+
+
+def test_a_record_that_is_a_link_is_not_cut(tmp_path, config):
+    victim, folder = tmp_path / "victim", RunFolder(tmp_path)
+    victim.write_text("precious\n")
+    folder.metrics_file.symlink_to(victim)
+    with pytest.raises(Mistake, match="a symbolic link"):
+        Record(folder, config, Log(folder.log_file), wandb_id=None, global_step=-1)
+    assert victim.read_text() == "precious\n"
+
+
 def test_wandb_offline_is_kept_and_its_upload_is_told(tmp_path, config, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     config.wandb.mode = "auto"

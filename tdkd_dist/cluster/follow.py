@@ -73,7 +73,7 @@ class Follower:
         self._state = state
         hindrance = slurm.explain(reason)
         if hindrance is not None and hindrance != self._hindrance:
-            print(f"job {self._job.job_id} waits, {hindrance}", flush=True)
+            print(printable(f"job {self._job.job_id} waits, {hindrance}"), flush=True)
         self._hindrance = hindrance
         return state == "gone"
 
