@@ -21,7 +21,7 @@ weights activity
 teachers
 data.batch data.crops data.mixing data.normalise
 data.jitter data.sources.source data.beton.layout
-data.sources.arrays data.sources.classes data.sources.folder
+data.sources.arrays data.sources.classes data.sources.folder data.sources.guarded
 data.sources.parquet data.sources.ground_truth
 data.sources.archives
 data.sources data.beton.manifest

@@ -135,7 +135,7 @@ def _check_data(config: Config, split: str, found: Findings, dry_run: bool) -> i
         found.data[split] = signature_of(source)
     else:
         info = check_beton(path, key)
-        samples, classes = info.num_samples, info.num_classes or 0
+        samples, classes = info.num_samples, max(info.num_classes or 0, info.largest_label + 1)
         found.data[split] = info.signature
     require(
         classes <= config.student.num_classes,

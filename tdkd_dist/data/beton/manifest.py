@@ -72,6 +72,7 @@ class BetonInfo:
     manifest: Manifest | None
     signature: str
     """Of the labels, the checksums of the pictures and their order."""
+    largest_label: int
 
     @property
     def class_names(self) -> list[str] | None:
@@ -127,7 +128,7 @@ def check_beton(path: Path | str, key: str) -> BetonInfo:
         raise Mistake(f"{key}={path}: {error.strerror}") from error
     except Mistake as error:
         raise Mistake(f"{key}={path}: {error}") from error
-    return BetonInfo(path, len(tables.samples), manifest, tables.sha256())
+    return BetonInfo(path, len(tables.samples), manifest, tables.sha256(), int(tables.samples["label"].max()))
 
 
 def compare(manifest: Manifest, tables: Tables, size: int) -> None:
@@ -138,3 +139,6 @@ def compare(manifest: Manifest, tables: Tables, size: int) -> None:
         raise Mistake(f"{len(tables.samples)} samples, but its manifest says {manifest.num_samples}")
     if manifest.tables_sha256 != tables.sha256():
         raise Mistake("its tables differ from what its manifest says: corrupt or replaced")
+    largest = int(tables.samples["label"].max())
+    if largest >= manifest.num_classes:
+        raise Mistake(f"its largest label is {largest}, but its manifest says {manifest.num_classes} classes")

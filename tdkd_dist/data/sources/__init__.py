@@ -5,6 +5,7 @@ from pathlib import Path
 from tdkd_dist.data.sources import archives, arrays
 from tdkd_dist.data.sources.classes import InTeacherOrder
 from tdkd_dist.data.sources.folder import FolderSource
+from tdkd_dist.data.sources.guarded import Guarded, reading
 from tdkd_dist.data.sources.source import Source
 from tdkd_dist.mistakes import Mistake
 
@@ -16,6 +17,11 @@ def open_source(path: Path, split: str | None = None, labels: Path | None = None
     `labels` are the ground truth of pictures that carry none, see `archives.FlatSource`. Raises `Mistake` when
     nothing here can read it.
     """
+    with reading(path):
+        return Guarded(_open(path, split, labels))
+
+
+def _open(path: Path, split: str | None, labels: Path | None) -> Source:
     if not path.exists():
         raise Mistake(f"{path}: no such file or folder")
     if path.is_dir() and split is not None and (path / split).is_dir():

@@ -3,13 +3,20 @@
 A tar is indexed once, by reading its headers; a picture is then one read at a known offset.
 """
 
+import gzip
+import hashlib
 import json
+import logging
 import os
+import shutil
+import stat
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +25,15 @@ from tdkd_dist.data.sources.classes import synsets_of
 from tdkd_dist.data.sources.ground_truth import find_truth, read_truth
 from tdkd_dist.data.sources.parquet import ParquetSource
 from tdkd_dist.data.sources.source import IMAGE_SUFFIXES, Image, Source, decode_image, fingerprint, of_split, one_line
+from tdkd_dist.files import whole
 from tdkd_dist.mistakes import Mistake
 
 PREFIXES = {
     "train": ("train", "ILSVRC2012_img_train", "imagenet1k-train"),
     "val": ("val", "ILSVRC2012_img_val", "imagenet1k-val"),
 }
+TESTS = {"train": (), "val": ("test",)}
+"""What is validated on where there is no validation set, as in CIFAR."""
 
 
 def open_archive(path: Path, split: str | None, labels: Path | None) -> Source | None:
@@ -32,25 +42,32 @@ def open_archive(path: Path, split: str | None, labels: Path | None) -> Source |
         files = [path]
     else:
         files = [p for folder in (path, path / "data") if folder.is_dir() for p in folder.iterdir() if p.is_file()]
+    if path.is_file() and path.name.endswith((".tar.gz", ".tgz")):
+        return _open_tars(path, [unpacked(path)], labels, split)
     for suffix in (".parquet", ".tar"):
         found = [p for p in files if p.suffix == suffix]
         if found:
-            chosen = of_split(found, split, PREFIXES) if path.is_dir() else found
+            chosen = of_split(found, split, PREFIXES) or of_split(found, split, TESTS) if path.is_dir() else found
             if not chosen:
                 raise Mistake(f"{path}: no {suffix} file for --split {split}")
-            return ParquetSource(path, chosen) if suffix == ".parquet" else _open_tars(path, chosen, labels)
+            return ParquetSource(path, chosen) if suffix == ".parquet" else _open_tars(path, chosen, labels, split)
     if labels is not None and any(p.name.lower().endswith(IMAGE_SUFFIXES) for p in files):
         return FlatSource(path, labels)
     return None
 
 
-def _open_tars(path: Path, files: list[Path], labels: Path | None) -> Source:
+def _open_tars(path: Path, files: list[Path], labels: Path | None, split: str | None) -> Source:
     first = [m.name for _, m in zip(range(8), _members(files[0]), strict=False)]
     if any(name.endswith(".tar") for name in first):
         return NestedTarSource(path, files)
     if any(name.endswith((".cls", ".json")) for name in first):
         return WebDatasetSource(path, files)
     if len(files) == 1:
+        picture = next((PurePosixPath(m.name) for m in _members(files[0]) if _is_picture(m.name)), PurePosixPath())
+        # ILSVRC2012's validation pictures lie in one folder at most, which is no class.
+        depth = 2 if picture.name.startswith("ILSVRC2012_val") else 1
+        if labels is None and len(picture.parent.parts) >= depth:
+            return TreeTarSource(path, files[0], split)
         return FlatSource(files[0], labels)
     raise Mistake(f"{path}: {len(files)} tars, but neither WebDataset shards nor ILSVRC2012's; say --split, or which")
 
@@ -151,7 +168,8 @@ class FlatSource(EncodedSource):
 
     def __init__(self, path: Path, labels: Path | None):
         self.truth = labels or find_truth(path.parent)
-        super().__init__(path, [path] if path.is_file() else sorted(p for p in path.iterdir() if _is_picture(p.name)))
+        found = [path] if path.is_file() else [p for p in path.iterdir() if _is_picture(p.name) and p.is_file()]
+        super().__init__(path, sorted(found))
 
     def _read_index(self) -> tuple[Index, NDArray[np.int64], list[str] | None]:
         index = Index(self.files)
@@ -168,6 +186,57 @@ class FlatSource(EncodedSource):
     def signature(self) -> str:
         """Hash of the pictures' files and of the labels."""
         return fingerprint([*self.files, *([self.truth] if self.truth.is_file() else [])])
+
+
+class TreeTarSource(EncodedSource):
+    """A tar of an ImageFolder tree, as Imagenette is handed out: pictures in folders named after their classes.
+
+    With `split`, those under a folder of that name, if there is one.
+    """
+
+    kind = "imagefolder-tar"
+
+    def __init__(self, path: Path, file: Path, split: str | None):
+        super().__init__(path, [file])
+        self._split = split
+
+    def _read_index(self) -> tuple[Index, NDArray[np.int64], list[str] | None]:
+        pictures = sorted((m for m in _members(self.files[0]) if _is_picture(m.name)), key=lambda m: m.name)
+        parts = {part for m in pictures for part in PurePosixPath(m.name).parts[:-2]}
+        if self._split in parts:
+            pictures = [m for m in pictures if self._split in PurePosixPath(m.name).parts[:-2]]
+        elif len(parts & {"train", "val"}) > 1:
+            raise Mistake(f"{self.path}: holds {' and '.join(sorted(parts & {'train', 'val'}))}; say --split")
+        index = Index(self.files)
+        for member in pictures:
+            index.add(0, member.offset_data, member.size, member.name)
+        classes = [PurePosixPath(m.name).parent.name for m in pictures]
+        names = sorted(set(classes))
+        return index, _positions(classes, names), names
+
+    def signature(self) -> str:
+        """Hash of the file as it was given, and of the part that is read."""
+        return hashlib.sha256(f"{fingerprint([self.path])} {self._split}".encode()).hexdigest()
+
+
+def unpacked(path: Path) -> Path:
+    """A compressed tar as a plain one, in this user's own temporary folder: pictures are read at known places.
+
+    It is made once, and named after the file's size, beginning and end.
+    """
+    folder = Path(tempfile.gettempdir()) / f"tdkd-dist-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not stat.S_ISDIR(folder.lstat().st_mode) or folder.lstat().st_uid != os.getuid():
+        raise Mistake(f"{folder}: not yours; set TMPDIR to a folder that is")
+    plain = folder / f"{fingerprint([path])}.tar"
+    if not plain.exists():
+        logging.getLogger(__name__).info("unpacking %s to %s", path, plain)
+        try:
+            with gzip.open(path) as compressed, whole(plain) as partial, partial.open("wb") as file:
+                shutil.copyfileobj(compressed, file, 1 << 22)
+        except (OSError, EOFError, zlib.error) as error:
+            raise Mistake(f"{path}: cannot be unpacked to {folder}: {one_line(error)}; TMPDIR sets where") from error
+    return plain
 
 
 class WebDatasetSource(EncodedSource):

@@ -4,6 +4,8 @@ A source can be pickled: the writer's processes each open their own. Shapes: H x
 """
 
 import hashlib
+import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +59,15 @@ def of_split(found: Sequence[Path], split: str | None, prefixes: Mapping[str, tu
     return sorted(p for p in found if p.name.startswith(prefixes[split]))
 
 
+def read_regular(path: Path) -> bytes:
+    """A file's content. Raises `Mistake` for a pipe, which would be waited for, a device or a folder."""
+    # Not to block in opening a pipe that nobody writes to.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise Mistake(f"{path}: no regular file; remove it")
+        return file.read()
+
+
 def decode_image(data: bytes | Path, name: str) -> Image:
     """An encoded picture as RGB, [H, W, 3]; grey, palette and CMYK are converted. `Mistake` if it is broken."""
     import io
@@ -64,7 +75,7 @@ def decode_image(data: bytes | Path, name: str) -> Image:
     from PIL import Image as Pillow
 
     try:
-        with Pillow.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
+        with Pillow.open(io.BytesIO(read_regular(data) if isinstance(data, Path) else data)) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
         raise Mistake(f"{name}: not a readable picture: {one_line(error)}") from error
