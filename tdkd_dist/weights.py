@@ -4,6 +4,7 @@ A student's file has in its metadata a JSON object, `student`: the `student:` se
 filled in, `input_size` [C, H, W], and the `mean` and `std` its images were normalised with.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -26,8 +27,10 @@ from tdkd_dist.neurons import NeuronConfig
 from tdkd_dist.students import create_student
 from tdkd_dist.students.outside import is_outside
 
-WRAPPERS = ("state_dict", "model")
+WRAPPERS = ("state_dict", "model", "net", "model_state_dict", "network")
 """Keys under which training programs put a network's tensors."""
+HARMLESS: list[Any] = [argparse.Namespace]
+"""What old checkpoints hold besides tensors, numbers and plain containers: the arguments of their training."""
 
 
 def save_student(
@@ -67,7 +70,26 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         raise Mistake(f"{path}: not a safetensors file, or cut short ({error})") from error
     if "student" not in metadata:
         return None
-    return {**metadata, "student": json.loads(metadata["student"])}
+    return {**metadata, "student": _read_description(metadata["student"], path)}
+
+
+def _read_description(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file says of its student: a mapping, in which what concerns the images is of the right kind."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    wanted = {"input_size": (int, 1, 65536), "mean": (int | float, -100, 100), "std": (int | float, 0.001, 100)}
+    good = isinstance(found, dict)
+    for key, (kind, least, most) in wanted.items():
+        values: Any = found.get(key, [least] * 3) if good else None
+        good = isinstance(values, list) and bool(values) and all(type(v) is not bool for v in values)
+        good = good and all(isinstance(v, kind) and least <= v <= most for v in values)
+    if not good or len(found.get("mean", "")) != len(found.get("std", "")) or len(found.get("input_size", "xyz")) != 3:
+        raise Mistake(
+            f"{path}: what it says of its student is damaged; bring back the file, or import the weights again"
+        )
+    return dict(found)
 
 
 def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) -> nn.Module:
@@ -81,15 +103,14 @@ def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) ->
     if metadata is None:
         raise Mistake(f"{path}: holds no student's configuration; tools/import_weights.py writes files that do")
     description = metadata["student"]
-    shown = {key: description.pop(key) for key in ("input_size", "mean", "std")}
     try:
+        shown = {key: description.pop(key) for key in ("input_size", "mean", "std")}
         student = StudentConfig(**description | {"neuron": NeuronConfig(**description["neuron"])})
-    except (TypeError, KeyError) as error:
-        raise Mistake(f"{path}: its student's configuration is not this version's: {error}") from error
-    try:
         model = create_student(student, allow_import=allow_import)
     except Mistake as mistake:
         raise Mistake(f"{path}: {mistake}") from mistake
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise Mistake(f"{path}: its student's configuration is not this version's: {error}") from error
     load_weights(model, path, "student.checkpoint")
     model.default_cfg = model.pretrained_cfg = {  # type: ignore[assignment]
         **getattr(model, "default_cfg", {}),
@@ -113,7 +134,8 @@ def read_tensors(path: str | os.PathLike[str], key: str, wrappers: Sequence[str]
     if not os.path.isfile(path):
         raise Mistake(f"{key}={path}: no such file")
     try:
-        content = load_file(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            content = load_file(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise Mistake(f"{key}={path}: not a checkpoint of tensors alone, or cut short") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as error:

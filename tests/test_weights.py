@@ -1,7 +1,9 @@
 """Files in and out: what is written comes back, what others wrote is read, and what does not fit is named."""
 
+import argparse
 import contextlib
 import io
+import json
 import os
 import stat
 import subprocess
@@ -12,10 +14,13 @@ import import_weights
 import pytest
 import timm
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import tdkd_dist.weights
 from tdkd_dist.config import StudentConfig
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.neurons import NeuronConfig
 from tdkd_dist.students import create_student
 from tdkd_dist.weights import load_student, load_weights, read_metadata, save_student
@@ -134,7 +139,7 @@ def test_a_file_appears_whole_or_not_at_all(student, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "net"])
 def test_files_of_torch_save(student, prefix, wrapper, tmp_path):
     config, net = student
     tensors = {prefix + name: tensor for name, tensor in net.state_dict().items()}
@@ -143,6 +148,51 @@ def test_files_of_torch_save(student, prefix, wrapper, tmp_path):
     load_weights(again, tmp_path / "student.pth", "student.checkpoint")
     assert torch.equal(again(images()), net(images()))
     assert read_metadata(tmp_path / "student.pth") is None
+
+
+def test_the_arguments_of_an_old_training_do_no_harm(student, tmp_path):
+    """As in the oldest published SEW checkpoints; nothing else that is no tensor is built."""
+    config, net = student
+    torch.save({"net": net.state_dict(), "args": argparse.Namespace(lr=0.1, out=["a"])}, tmp_path / "old.pth")
+    load_weights(create_student(config), tmp_path / "old.pth", "student.checkpoint")
+    torch.save({"net": net.state_dict(), "args": Path("x")}, tmp_path / "other.pth")
+    with pytest.raises(Mistake, match=r"other\.pth: not a checkpoint of tensors alone"):
+        load_weights(create_student(config), tmp_path / "other.pth", "student.checkpoint")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "[1]",
+        "{",
+        {"mean": "abc"},
+        {"mean": [0.5]},
+        {"std": [0.0, 1, 1]},
+        {"std": None},
+        {"input_size": [3, -1, 2]},
+        {"input_size": [3, 32]},
+        {"neuron": 7},
+        {"neuron": {"decay": 9}},
+        {"num_timesteps": 0},
+        {"num_timesteps": "x"},
+        {"model": 7},
+        {"model": "../../x"},
+        {"width": 10**9},
+        {"more": 1},
+    ],
+)
+def test_damaged_metadata_are_a_line(student, changes, tmp_path):
+    config, net = student
+    path = tmp_path / "x.safetensors"
+    save_student(path, net.state_dict(), config, **SHOWN)
+    with safe_open(path, "pt") as file:
+        description = json.loads(file.metadata()["student"])
+    text = changes if isinstance(changes, str) else json.dumps(description | changes)
+    save_file(dict(net.state_dict()), path, {"student": text})
+    with pytest.raises(Mistake) as caught:
+        load_student(path)
+    assert len(caught.value.lines) == 1
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_counts_of_batches_may_be_missing(student, tmp_path):
@@ -183,8 +233,8 @@ def test_what_is_no_checkpoint_is_said_so(student, tmp_path):
     (tmp_path / "notes.txt").write_text("not weights")
     assert complaint(net, tmp_path / "notes.txt").startswith("not a checkpoint")
     assert complaint(net, tmp_path / "nowhere.pth") == "no such file"
-    torch.save({"net": net.state_dict()}, tmp_path / "wrapped.pth")
-    assert complaint(net, tmp_path / "wrapped.pth").endswith("found a dict with keys net")
+    torch.save({"mine": net.state_dict()}, tmp_path / "wrapped.pth")
+    assert complaint(net, tmp_path / "wrapped.pth").endswith("found a dict with keys mine")
     torch.save([1, 2], tmp_path / "list.pth")
     assert complaint(net, tmp_path / "list.pth").endswith("found a list")
 

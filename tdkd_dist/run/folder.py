@@ -148,6 +148,9 @@ class RunFolder:
         return [change["note"] for change in changes if change["global_step"] == global_step]
 
     def _check_free(self) -> None:
+        nearest = next(path for path in self.path.absolute().parents if path.exists())
+        if not nearest.is_dir():
+            raise Mistake(f"run.dir={self.path}: cannot be written ({nearest} is a file); choose another")
         if self.path.exists() and not self.path.is_dir():
             raise Mistake(f"run.dir={self.path}: a file, not a folder; choose another")
         try:

@@ -92,10 +92,10 @@ def warn_of_short_notice(save_s: float, notice_s: float) -> str | None:
 def best_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the best validation, if one is there."""
     try:
-        path = folder / (folder / BEST).read_text().strip()
-    except OSError:
+        name = (folder / BEST).read_text().strip()
+    except (OSError, ValueError):
         return None
-    return path if path.is_dir() and path != folder else None
+    return next((path for path in list_checkpoints(folder) if path.name == name), None)
 
 
 def find_damage(path: Path) -> str | None:

@@ -99,7 +99,7 @@ def read_manifest(path: Path | str) -> Manifest | None:
         return Manifest(options=options, **content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Mistake(f"{where}: not a manifest that write_beton wrote ({error})") from error
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 Case = Callable[[random.Random, Path], None]
-MODULES = ("settings", "runs")
+MODULES = ("settings", "data", "weights", "runs")
 
 
 def areas() -> dict[str, Case]:
