@@ -278,7 +278,7 @@ class AnytimeStudent:
         self._normalise = Normalise(shown["mean"], shown["std"]).to(self.device)
         self._bf16 = bf16
         if compiled:
-            torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, VERSIONS)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
         step = torch.compile(model.step, dynamic=False) if compiled else None
         self._stepper = Stepper(model, step=step, buckets=compiled)
 
@@ -302,6 +302,18 @@ class AnytimeStudent:
             if self.exit is None:
                 return _decide_at_the_end(list(self._stream(images)), T)
             return decide(self._stepper, self._prepare(images), rule, T)
+
+    @torch.no_grad()
+    def all_logits(self, images: Any) -> Tensor:
+        """Each timestep's own logits `[T, B, K]`, in fp32: what rules are calibrated on."""
+        trained = self.model.num_timesteps
+        self.model.set_num_timesteps(self.num_timesteps)
+        try:
+            with self._precision():
+                logits_TBK: Tensor = self.model(self._prepare(images))
+        finally:
+            self.model.set_num_timesteps(trained)
+        return logits_TBK.float()
 
     def stream(self, images: Any) -> Iterator[Tensor]:
         """The ensemble's logits `[B, K]` after t = 1, 2, ..., to stop when one likes; `images` as for a call."""

@@ -4,13 +4,18 @@ Shapes: T timesteps, B samples, K classes, C candidates.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdkd_dist.anytime import ExitRule, Kind
+from tdkd_dist.anytime import AnytimeStudent, ExitRule, Kind
+from tdkd_dist.config import DataConfig
+from tdkd_dist.data.beton.manifest import check_beton
+from tdkd_dist.data.loaders import make_val_loader, open_pictures, signature_of
 from tdkd_dist.losses import ensembles
 from tdkd_dist.metrics import label_rank
 from tdkd_dist.mistakes import Mistake, require
@@ -140,3 +145,32 @@ def _nothing(max_drop: float | None, mean_timesteps: float | None, samples: int)
         f"max_drop={max_drop}: with {samples} held-out samples not even running all timesteps can be shown to lose so"
         " little; give more samples, or allow more"
     )
+
+
+def read_logits(
+    student: AnytimeStudent, heldout: Path, *, split: str | None = None, workers: int = 2, batch_size: int = 128
+) -> tuple[Tensor, Tensor, str]:
+    """The logits `[T, B, K]` of held-out pictures, their labels `[B]`, and the data's signature.
+
+    `heldout` is a beton or anything else that pictures are read from. Raises `Mistake`, naming it.
+    """
+    is_beton = heldout.is_file() and heldout.suffix in (".beton", ".ffcv")
+    data = DataConfig(
+        val=str(heldout),
+        format="ffcv" if is_beton else "imagefolder",
+        image_size=student.image_size,
+        crop_pct=student.crop_pct,
+    )
+    if is_beton:
+        signature = check_beton(heldout, "HELDOUT").signature
+    else:
+        signature = signature_of(open_pictures(str(heldout), f"data.{split or 'val'}"))
+    loader = make_val_loader(data, batch_size=batch_size, rank=0, world_size=1, device=student.device, workers=workers)
+    logits, labels = [], []
+    try:
+        for images_BCHW, labels_B in loader:
+            logits.append(student.all_logits(images_BCHW).cpu())
+            labels.append(labels_B.cpu())
+    finally:
+        loader.close()
+    return torch.cat(logits, dim=1), torch.cat(labels), signature

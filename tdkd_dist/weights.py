@@ -1,7 +1,7 @@
 """Weights in and out: safetensors that carry the student's configuration, and files that other programs wrote.
 
 A student's file has in its metadata a JSON object, `student`: the `student:` section of its recipe with every default
-filled in, `input_size` [C, H, W], and the `mean` and `std` its images were normalised with.
+filled in, `input_size` [C, H, W], the `mean` and `std` its images were normalised with, `crop_pct` and `label_names`.
 """
 
 import argparse
@@ -41,16 +41,21 @@ def save_student(
     input_size: tuple[int, int, int],
     mean: Sequence[float],
     std: Sequence[float],
+    crop_pct: float | None = None,
+    label_names: Sequence[str] | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write a student (or an ordinary network) so that `load_student` gives it back with nothing else to say.
 
-    The file appears under its name only when it is whole. `extra` is further metadata, text by key.
+    The file appears under its name only when it is whole. `crop_pct` is validation's, `label_names` a name for each
+    class; `extra` is further metadata, text by key.
     """
     neuron = dataclasses.replace(student.neuron, surrogate_alpha=student.neuron.slope)
     description = dataclasses.asdict(dataclasses.replace(student, neuron=neuron))
     del description["checkpoint"]  # where training started is of no use on another machine
     description |= {"input_size": list(input_size), "mean": list(mean), "std": list(std)}
+    description |= {"crop_pct": crop_pct} if crop_pct is not None else {}
+    description |= {"label_names": list(label_names)} if label_names is not None else {}
     metadata = {**(extra or {}), "format": "pt", "student": json.dumps(description)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with whole(Path(path)) as partial:
@@ -85,6 +90,10 @@ def _read_description(text: str, path: str | os.PathLike[str]) -> dict[str, Any]
         values: Any = found.get(key, [least] * 3) if good else None
         good = isinstance(values, list) and bool(values) and all(type(v) is not bool for v in values)
         good = good and all(isinstance(v, kind) and least <= v <= most for v in values)
+    names: Any = found.get("label_names", []) if good else None
+    crop_pct: Any = found.get("crop_pct", 1) if good else None
+    good = good and isinstance(names, list) and all(isinstance(name, str) for name in names)
+    good = good and type(crop_pct) in (int, float) and 0.01 <= crop_pct <= 1
     if not good or len(found.get("mean", "")) != len(found.get("std", "")) or len(found.get("input_size", "xyz")) != 3:
         raise Mistake(
             f"{path}: what it says of its student is damaged; bring back the file, or import the weights again"
@@ -95,16 +104,18 @@ def _read_description(text: str, path: str | os.PathLike[str]) -> dict[str, Any]
 def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) -> nn.Module:
     """The network that `save_student` or `tools/import_weights.py` wrote, in fp32 and eval mode.
 
-    Its `default_cfg` has the file's input size, mean and std. Raises `Mistake`, naming the file, if it is no such
-    file or its tensors do not fit its own configuration. A student from outside the package needs its module: import it
-    before, or pass `allow_import=True` if you trust the file, since importing runs code.
+    Its `default_cfg` has the file's input size, mean and std, and `crop_pct` and `label_names` where the file has them.
+    Raises `Mistake`, naming the file, if it is no such file or its tensors do not fit its own configuration. A student
+    from outside the package needs its module: import it before, or pass `allow_import=True` if you trust the file,
+    since importing runs code.
     """
     metadata = read_metadata(path)
     if metadata is None:
         raise Mistake(f"{path}: holds no student's configuration; tools/import_weights.py writes files that do")
     description = metadata["student"]
     try:
-        shown = {key: description.pop(key) for key in ("input_size", "mean", "std")}
+        shown = {key: tuple(description.pop(key)) for key in ("input_size", "mean", "std")}
+        shown |= {key: description.pop(key) for key in ("crop_pct", "label_names") if key in description}
         student = StudentConfig(**description | {"neuron": NeuronConfig(**description["neuron"])})
         model = create_student(student, allow_import=allow_import)
     except Mistake as mistake:
@@ -114,7 +125,7 @@ def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) ->
     load_weights(model, path, "student.checkpoint")
     model.default_cfg = model.pretrained_cfg = {  # type: ignore[assignment]
         **getattr(model, "default_cfg", {}),
-        **{key: tuple(value) for key, value in shown.items()},
+        **shown,
         "num_classes": student.num_classes,
     }
     return model.eval()

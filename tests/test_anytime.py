@@ -105,19 +105,19 @@ def test_the_stream_is_the_means_of_the_whole_pass(net, x, logits):
     torch.testing.assert_close(first, logits[0])
 
 
-def test_compiled_steps_know_few_batch_sizes(net, x, monkeypatch):
+def test_compiled_steps_know_few_batch_sizes(net, x):
     from torch._dynamo.testing import CompileCounter
 
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", VERSIONS)
     counter = CompileCounter()
     step = torch.compile(net.step, backend=counter, fullgraph=True, dynamic=False)
     rule = ExitRule("margin", 0.3)
-    for size in range(1, N + 1):
-        want = decide(Stepper(net), x[:size], rule, T)
-        found = decide(Stepper(net, step=step, buckets=True), x[:size], rule, T)
-        assert torch.equal(want.timesteps, found.timesteps)
-        torch.testing.assert_close(want.logits, found.logits)
+    with torch._dynamo.config.patch(recompile_limit=VERSIONS):
+        for size in range(1, N + 1):
+            want = decide(Stepper(net), x[:size], rule, T)
+            found = decide(Stepper(net, step=step, buckets=True), x[:size], rule, T)
+            assert torch.equal(want.timesteps, found.timesteps)
+            torch.testing.assert_close(want.logits, found.logits)
     assert counter.frame_count <= 2 * 5  # the first step and the others, of 1, 2, 4, 8 and 16
 
 

@@ -7,7 +7,7 @@ ranks see exactly the micro-batches that one rank with twice the accumulation se
 """
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -89,8 +89,17 @@ class TrainLoader:
 class ValLoader:
     """This rank's part of the validation set; every sample is in exactly one rank's part, once."""
 
-    def __init__(self, reader: Reader, num_samples: int, num_classes: int | None, *, rank: int, world_size: int):
-        self.num_samples, self.num_classes = num_samples, num_classes
+    def __init__(
+        self,
+        reader: Reader,
+        num_samples: int,
+        num_classes: int | None,
+        *,
+        rank: int,
+        world_size: int,
+        class_names: Sequence[str] | None = None,
+    ):
+        self.num_samples, self.num_classes, self.class_names = num_samples, num_classes, class_names
         self._reader, self._order = reader, np.arange(num_samples)[rank::world_size]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -144,7 +153,7 @@ def make_train_loader(
             f"train.batch_size={batch_size} does not divide over {world_size} ranks in micro-batches of {micro_batch}"
         )
     rule = train_rule(data, seed)
-    reader, num_samples, num_classes = _open("train", data, rule, micro_batch, device, workers, beat)
+    reader, num_samples, num_classes, _ = _open("train", data, rule, micro_batch, device, workers, beat)
     if num_samples < batch_size:
         reader.close()
         raise Mistake(f"train.batch_size={batch_size}: data.train={data.train} holds only {num_samples} samples")
@@ -189,8 +198,8 @@ def make_val_loader(
 ) -> ValLoader:
     """Open `data.val`; `batch_size` is one rank's. The rest is as for `make_train_loader`."""
     rule = CropRule(data.image_size, "center", crop_pct=data.crop_pct)
-    reader, num_samples, num_classes = _open("val", data, rule, batch_size, device, workers, beat)
-    return ValLoader(reader, num_samples, num_classes, rank=rank, world_size=world_size)
+    reader, num_samples, num_classes, names = _open("val", data, rule, batch_size, device, workers, beat)
+    return ValLoader(reader, num_samples, num_classes, rank=rank, world_size=world_size, class_names=names)
 
 
 def _open(
@@ -201,8 +210,8 @@ def _open(
     device: torch.device,
     workers: int,
     beat: Callable[[], None],
-) -> tuple[Reader, int, int | None]:
-    """The reader of `data.train` or `data.val`, with the number of samples and, where known, of classes."""
+) -> tuple[Reader, int, int | None, Sequence[str] | None]:
+    """The reader of `data.train` or `data.val`, the number of samples and, where known, that of classes and names."""
     key, path = f"data.{split}", data.train if split == "train" else data.val
     if path is None:
         raise Mistake(f"{key} is not set: give a {'beton' if data.format == 'ffcv' else 'folder'}")
@@ -219,7 +228,7 @@ def _open(
             device=device,
             auto_augment=data.auto_augment if split == "train" else None,
         )
-        return reader, len(source.labels), count_classes(source)
+        return reader, len(source.labels), count_classes(source), source.class_names
     info = check_beton(path, key)
     check_classes(data, key, info)
     here = staged(info.path, data.stage_to, beat) if data.stage_to else info.path
@@ -231,6 +240,7 @@ def _open(
             FfcvReader(here, batch_size=batch_size, rule=rule, workers=workers, device=device),
             info.num_samples,
             info.num_classes,
+            info.class_names,
         )
     except ImportError as error:
         raise Mistake(f"data.format=ffcv: {error}; install ffcv, or say data.format=imagefolder") from error

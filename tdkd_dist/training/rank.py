@@ -113,6 +113,8 @@ class Run:
                 input_size=(config.student.in_chans, config.data.image_size, config.data.image_size),
                 mean=config.data.mean,
                 std=config.data.std,
+                crop_pct=config.data.crop_pct,
+                label_names=self.validation.class_names,
                 extra={"run": config.run.name, "global_step": str(progress.global_step)},
             )
         except (OSError, SafetensorError) as error:
