@@ -249,6 +249,8 @@ class EvalConfig(Section):
     """Epochs between validations; the last epoch is always validated."""
     batch_size: int | None = limited(None, ">= 1", most=10_000_000)
     """Images a forward pass on one rank; None: as in training."""
+    exit: str | None = None
+    """A rule that `tools/calibrate_exit.py` wrote: accuracy, mean timesteps and energy when stopping by it, besides."""
     activity_images: int = limited(512, ">= 0", most=10**9)
     """Firing rates and operations are counted on the first images of the set, about so many in all; 0: not at all."""
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tdkd_dist.activity import ActivityMeter
+from tdkd_dist.anytime import ExitRule
 from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.exits import ExitCounts
 from tdkd_dist.metrics import EXIT_RULES, TimestepCounts
 from tdkd_dist.students.base import SpikingNet
 
@@ -29,14 +31,17 @@ def validate(
     device: torch.device,
     autocast: bool = False,
     activity_images: int = 0,
+    exit: ExitRule | None = None,
 ) -> dict[str, Any]:
     """What a network is worth after t = 1..T timesteps, over all ranks' batches; see `TimestepCounts.summary`.
 
     A spiking student runs `num_timesteps` steps, whatever it trains with, and is left as it was. Its activity is
     counted in the same pass, on this rank's first `activity_images` images, and added to the result, with operations
-    and energy where those can be counted (`ActivityMeter.summary`).
+    and energy where those can be counted (`ActivityMeter.summary`); so is what stopping by the rule `exit` is worth
+    (`ExitCounts.summary`).
     """
     counts = TimestepCounts()
+    exits = ExitCounts(exit, num_timesteps, device) if exit is not None else None
     was_training, trained_timesteps = model.training, getattr(model, "num_timesteps", None)
     model.eval()
     if trained_timesteps is not None:
@@ -51,11 +56,15 @@ def validate(
                 else:
                     logits_TBK = as_timesteps(model(x_BCHW))
             counts.update(logits_TBK, labels_B)
+            if exits is not None:
+                exits.update(logits_TBK, labels_B)
     if trained_timesteps is not None:
         model.set_num_timesteps(trained_timesteps)  # type: ignore[operator]
     model.train(was_training)
     row = counts.summary(num_timesteps, device)
     activity = meter.summary() if meter is not None else None
+    if exits is not None:
+        row |= exits.summary((activity or {}).get("energy_mj"))
     if activity is None:
         return row
     return row | activity | (_energy_of_exits(row, activity) if "energy_mj_relu" in activity else {})

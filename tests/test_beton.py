@@ -161,7 +161,7 @@ def test_subsets_are_spread_over_the_classes() -> None:
     labels = np.repeat(np.arange(10), 100)
     np.random.default_rng(0).shuffle(labels)
     for subset, count in ((50, 50), (0.2, 200), (5000, 1000), (None, 1000)):
-        chosen = choose(labels, subset)
+        chosen = choose(labels, WriteOptions(subset=subset))
         assert len(np.unique(chosen)) == len(chosen) == count
         assert np.bincount(labels[chosen]).tolist() == [count // 10] * 10
 

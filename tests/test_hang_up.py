@@ -50,7 +50,7 @@ def test_a_terminal_that_hangs_up_ends_the_follower_alone(tmp_path: Path, nohup:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(timeout=2)
         else:
-            process.wait(timeout=30)
+            process.wait(timeout=200)
             assert process.returncode == 129
             assert process.stderr is not None
             said = process.stderr.readline()  # the job holds it open
@@ -62,6 +62,6 @@ def test_a_terminal_that_hangs_up_ends_the_follower_alone(tmp_path: Path, nohup:
         ended = [*controller.children(recursive=True), controller]
         for member in ended:
             member.kill()
-        psutil.wait_procs(ended, timeout=10)
+        psutil.wait_procs(ended, timeout=200)
         process.kill()
         process.communicate()

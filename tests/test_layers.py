@@ -27,7 +27,8 @@ data.sources.archives
 data.sources data.beton.manifest
 data.beton.writing data.beton.verify data.beton.staging data.checks data.ffcv_reader data.folder_reader
 data.loaders anytime
-calibration validate
+calibration exits
+validate
 run.reading run.figures run.log
 run.heartbeat run.progress
 run.folder

@@ -19,7 +19,8 @@ from in_process import call
 from pictures import picture, stored
 
 from tdkd_dist.data.beton import layout
-from tdkd_dist.data.beton.manifest import WriteOptions, read_manifest
+from tdkd_dist.data.beton.layout import read_tables
+from tdkd_dist.data.beton.manifest import WriteOptions, check_beton, read_manifest
 from tdkd_dist.data.beton.writing import up_to_date, write
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.sources.folder import FolderSource
@@ -194,3 +195,22 @@ def open_source_of_nothing(root: Path) -> Source:
     for part, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
         (root / f"t10k-{part}-ubyte").write_bytes(bytes([0, 0, 8, dimensions]) + bytes(4 * dimensions))
     return open_source(root)
+
+
+def test_some_of_every_class_are_set_apart(tmp_path):
+    for k in range(24):
+        path = tmp_path / "tree" / "abc"[k % 3] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(k, 12, 12).save(path)
+    done = call(write_beton.main, tmp_path / "tree", tmp_path / "x.beton", "--holdout", 6)
+    assert done.returncode == 0, done.stderr
+    kept, apart = (check_beton(tmp_path / name, "DEST") for name in ("x.beton", "x_heldout.beton"))
+    assert (kept.manifest.class_histogram, apart.manifest.class_histogram) == ([6, 6, 6], [2, 2, 2])
+    sums = [set(read_tables(tmp_path / name).checksums.tolist()) for name in ("x.beton", "x_heldout.beton")]
+    assert len(sums[0] | sums[1]) == 24
+    assert kept.signature != apart.signature
+    again = call(write_beton.main, tmp_path / "tree", tmp_path / "x.beton", "--holdout", 6)
+    assert again.stdout.count("is already there") == 2
+    refused = call(write_beton.main, tmp_path / "tree", tmp_path / "y.beton", "--holdout", 24)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("write_beton: --holdout 24: there are only 24 pictures")

@@ -81,7 +81,7 @@ END
     echo "Name=gpu File=/dev/zero" >>"$home/gres.conf"
     port=17001
     for node in $nodes; do
-        echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$port CPUs=$(nproc) Gres=gpu:2 State=UNKNOWN" >>"$conf"
+        echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$port CPUs=$(env -u OMP_NUM_THREADS nproc) Gres=gpu:2 State=UNKNOWN" >>"$conf"
         port=$((port + 1))
     done
 }

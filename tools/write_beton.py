@@ -3,6 +3,7 @@
 SOURCE is recognised by what it holds:
   an ImageFolder tree (one folder a class), or a folder with such trees named train and val (with --split)
   ILSVRC2012_img_train.tar; ILSVRC2012_img_val.tar or a flat folder of pictures (with --labels)
+  a tar or tgz of such a tree, as Imagenette is handed out
   parquet shards or WebDataset tars, or a folder of them (with --split, by their names)
   a CIFAR-10 or CIFAR-100 archive, python or binary version, packed or unpacked (with --split)
   an idx image file, or a folder of idx files (with --split)
@@ -23,7 +24,8 @@ from tdkd_dist.data.sources import open_source
 from tdkd_dist.mistakes import Mistake
 
 USAGE = """usage: python tools/write_beton.py SOURCE DEST [--split train|val] [--max-side 500] [--jpeg-share 0.5]
-           [--quality 90] [--subset N] [--labels FILE] [--on-error stop|skip] [--workers N] [--force]
+           [--quality 90] [--subset N] [--labels FILE] [--on-error stop|skip]
+           [--holdout N] [--workers N] [--force]
        python tools/write_beton.py --verify FILE
 SOURCE: an ImageFolder tree, ILSVRC2012 tars, parquet, WebDataset, CIFAR or idx files. --help says more."""
 
@@ -45,7 +47,9 @@ def act(args: argparse.Namespace) -> int:
     """Write or verify; the exit status."""
     if args.verify is not None:
         return check(args.verify, args.workers)
-    report(args.dest, *run(args))
+    for heldout in (False, True) if args.holdout else (False,):
+        dest = args.dest.with_name(f"{args.dest.stem}_heldout{args.dest.suffix}") if heldout else args.dest
+        report(dest, *run(args, dest, heldout))
     return 0
 
 
@@ -68,6 +72,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--quality", type=int, default=defaults.quality, help="of the JPEGs (90)")
     parser.add_argument("--subset", type=float, help="only so many pictures, or a share below 1, of all classes alike")
+    parser.add_argument(
+        "--holdout",
+        type=int,
+        default=0,
+        metavar="N",
+        help="set N of all classes apart, in DEST with _heldout in its name",
+    )
     parser.add_argument("--on-error", default=defaults.on_error, help="at a broken picture: stop, or skip and list it")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
     parser.add_argument("--force", action="store_true", help="replace a DEST that was written differently")
@@ -79,18 +90,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> tuple[Manifest, str]:
-    """Write unless DEST is already there; the manifest and what was done."""
-    options = WriteOptions(args.max_side, args.jpeg_share, args.quality, args.subset, args.on_error)
+def run(args: argparse.Namespace, dest: Path, heldout: bool) -> tuple[Manifest, str]:
+    """Write unless `dest` is already there; the manifest and what was done."""
+    options = WriteOptions(
+        args.max_side, args.jpeg_share, args.quality, args.subset, args.on_error, args.holdout, heldout
+    )
     source = open_source(args.source, args.split, args.labels)
-    manifest = up_to_date(source, args.dest, options)
+    manifest = up_to_date(source, dest, options)
     if manifest is not None:
         return manifest, "is already there"
-    if args.dest.exists() and not args.force:
-        raise Mistake(f"{args.dest}: exists, but not from this source with these options; --force replaces it")
+    if dest.exists() and not args.force:
+        raise Mistake(f"{dest}: exists, but not from this source with these options; --force replaces it")
     progress = Progress()
     try:
-        return write(source, args.dest, options, workers=args.workers, progress=progress), "written"
+        return write(source, dest, options, workers=args.workers, progress=progress), "written"
     finally:
         progress.close()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import timm.optim
 import torch
 
+from tdkd_dist.anytime import ExitRule
 from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.cluster import slurm
 from tdkd_dist.config import Config, flatten
@@ -66,6 +67,9 @@ def check(config: Config, *, cluster: str, dry_run: bool = False) -> Findings:
     if config.needs_teacher:
         with mistakes.gathered():
             _check_teacher(config, found, dry_run)
+    if config.eval.exit is not None:
+        with mistakes.gathered():
+            _check_exit(config, config.eval.exit, found, dry_run)
     mistakes.tell()
     return found
 
@@ -161,6 +165,24 @@ def _check_student(config: Config, found: Findings, dry_run: bool) -> None:
         load_weights(student, checkpoint, "student.checkpoint")
     if config.train.epochs > 0 and config.train.sync_bn and config.launcher.world_size > 1:
         synchronise(student)
+
+
+def _check_exit(config: Config, path: str, found: Findings, dry_run: bool) -> None:
+    """A rule of as many timesteps, which was not chosen on the pictures that are reported."""
+    if not _is_here(path, "eval.exit", found, dry_run):
+        return
+    rule = ExitRule.load(path)
+    T = config.eval_timesteps
+    require(
+        rule.num_timesteps in (None, T),
+        f"eval.exit={path}: a rule for {rule.num_timesteps} timesteps; set eval.num_timesteps={rule.num_timesteps},"
+        f" not {T}",
+    )
+    require(
+        "val" not in found.data or rule.calibration.get("signature") != found.data["val"],
+        f"eval.exit={path}: was chosen on data.val={config.data.val} itself, so that nothing could be reported;"
+        " calibrate it on pictures set apart (tools/write_beton.py --holdout)",
+    )
 
 
 def _check_optimizer(config: Config, found: Findings) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from tdkd_dist.anytime import ExitRule
 from tdkd_dist.config import Config
 from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.loaders import ValLoader
@@ -53,7 +54,7 @@ class Run:
     normalise: Normalise
     validation: ValLoader
 
-    def validate(self, model: nn.Module, num_timesteps: int) -> dict[str, Any]:
+    def validate(self, model: nn.Module, num_timesteps: int, exit: ExitRule | None = None) -> dict[str, Any]:
         """Metrics of `model` on the whole validation set, the same on every rank."""
         return validate(
             model,
@@ -63,6 +64,7 @@ class Run:
             device=self.place.device,
             autocast=use_bf16(self.config, self.place.device),
             activity_images=-(-self.config.eval.activity_images // self.place.world_size),
+            exit=exit,
         )
 
     def _batches(self) -> Iterator[Batch]:
@@ -72,7 +74,8 @@ class Run:
 
     def validate_student(self, model: nn.Module) -> dict[str, Any]:
         """The same of the student; all of it, layers and early exits too, goes to `validation.json`."""
-        found = self.validate(model, self.config.eval_timesteps)
+        rule = None if self.config.eval.exit is None else ExitRule.load(self.config.eval.exit)
+        found = self.validate(model, self.config.eval_timesteps, rule)
         if self.place.rank == 0:
             with suppress(OSError):  # a full disk
                 write_json(self.folder.validation_file, found)

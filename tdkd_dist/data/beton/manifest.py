@@ -26,6 +26,10 @@ class WriteOptions:
     """Only so many pictures (1 or more) or this share of them (less than 1), spread evenly over the classes."""
     on_error: str = "stop"
     """At a picture that cannot be read: `stop`, or `skip` and list it in the manifest."""
+    holdout: int = 0
+    """So many pictures, spread evenly over the classes, are set apart: they are not in this file."""
+    heldout: bool = False
+    """This file holds those that are set apart, and no others."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -35,6 +39,7 @@ class WriteOptions:
             f"--subset {self.subset}: must be a number of pictures, or a share between 0 and 1": self.subset is None
             or 0 < self.subset < 1
             or self.subset == int(self.subset) > 0,
+            f"--holdout {self.holdout}: must be at least 1, or 0 for none": self.holdout >= 0,
             f"--on-error {self.on_error}: must be stop or skip": self.on_error in ("stop", "skip"),
         }
         for message, holds in checks.items():

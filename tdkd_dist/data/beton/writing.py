@@ -95,21 +95,32 @@ def check_written(path: Path, manifest: Manifest, most: int = 1000) -> None:
     """Read the tables back, and at most `most` pictures, against the manifest. Raises `Mistake`."""
     tables = read_tables(path)
     compare(manifest, tables, path.stat().st_size)
-    spread = np.unique(np.linspace(0, len(tables.samples) - 1, most).astype(np.int64))
+    some = np.unique(np.linspace(0, len(tables.samples) - 1, most).astype(np.int64))
     pixels = np.memmap(path, mode="r")
-    for index in spread:
+    for index in some:
         ptr, size = tables.place(index)
         if zlib.crc32(pixels[ptr : ptr + size].tobytes()) != tables.checksums[index]:
             raise Mistake(f"{path}: sample {index} does not read back as it was written: is the disk sound?")
 
 
-def choose(labels: NDArray[np.int64], subset: float | None) -> NDArray[np.int64]:
-    """Indices of the samples to write: all, or `subset` of them spread evenly over the classes."""
-    if subset is None:
-        return np.arange(len(labels))
-    count = round(len(labels) * subset) if subset < 1 else min(int(subset), len(labels))
-    spread = np.linspace(0, len(labels), max(1, count), endpoint=False).astype(np.int64)
-    return np.sort(np.argsort(labels, kind="stable")[spread])
+def choose(labels: NDArray[np.int64], options: WriteOptions) -> NDArray[np.int64]:
+    """Indices of the samples to write: all or a subset, without those set apart, or these alone."""
+    chosen = np.arange(len(labels))
+    if options.subset is not None:
+        subset = options.subset
+        chosen = spread(labels, round(len(labels) * subset) if subset < 1 else min(int(subset), len(labels)))
+    if options.holdout:
+        if options.holdout >= len(chosen):
+            raise Mistake(f"--holdout {options.holdout}: there are only {len(chosen)} pictures, and some must be left")
+        held = chosen[spread(labels[chosen], options.holdout)]
+        chosen = held if options.heldout else np.setdiff1d(chosen, held)
+    return chosen
+
+
+def spread(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Indices of `count` samples, spread evenly over the classes."""
+    places = np.linspace(0, len(labels), max(1, count), endpoint=False).astype(np.int64)
+    return np.sort(np.argsort(labels, kind="stable")[places])
 
 
 @dataclass
@@ -130,7 +141,7 @@ class _Encoded:
 def _write_all(
     file: IO[bytes], source: Source, options: WriteOptions, workers: int, progress: Callable[[int, int], None]
 ) -> Manifest:
-    chosen = choose(source.labels, options.subset)
+    chosen = choose(source.labels, options)
     samples = np.zeros(len(chosen), dtype=SAMPLE)
     checksums = np.zeros(len(chosen), dtype="<u4")
     allocations = np.zeros(len(chosen), dtype=ALLOCATION)
