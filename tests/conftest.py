@@ -15,6 +15,9 @@ os.environ["WANDB_MODE"] = "offline"
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started in a script's background, we ignore it, and so would the programs that tests interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    # Started under nohup, likewise.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
