@@ -11,7 +11,7 @@ class Mistake(ValueError):  # noqa: N818 (a fault of the user, not an error of o
     """What a user can mend: one line, or the lines of all that was found together; control characters are escaped."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(printable(message).replace("\t", "\\t"))
 
     @property
     def lines(self) -> list[str]:

@@ -166,3 +166,16 @@ def test_a_nonsense_label_of_a_beton_is_refused(tmp_path):
     config = load_config("fashion_sew", [f"data.train={beton}", "train.batch_size=2"])
     with pytest.raises(Mistake, match=f"has {2**63} classes and student.num_classes is 10"):
         preflight._check_data(config, "train", preflight.Findings(), False)
+
+
+def test_many_fields_of_a_beton_are_a_short_line(tmp_path):
+    """Found by the campaign: a damaged header promised hundreds, one with a tab in its name."""
+    header = np.zeros((), HEADER)
+    header["version"], header["num_fields"], header["page_size"] = 2, 300, 1 << 23
+    fields = np.zeros(300, DESCRIPTOR)
+    fields["name"][0, :3] = np.frombuffer(b"a\tb", np.uint8)
+    path = tmp_path / "x.beton"
+    path.write_bytes(header.tobytes() + fields.tobytes() + bytes(5000))
+    with pytest.raises(Mistake, match=r"its fields are a\\tb, , , ,  and 295 more; expected image") as caught:
+        check_beton(path, "data.train")
+    assert caught.value.lines[0].isprintable()

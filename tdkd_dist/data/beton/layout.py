@@ -108,7 +108,7 @@ def _is_power_of_two(number: int) -> bool:
 def _check_fields(descriptors: Table) -> None:
     found = [(bytes(d["name"]).rstrip(b"\0").decode("ascii", "replace"), int(d["type_id"])) for d in descriptors]
     if found != [("image", TYPE_IMAGE), ("label", TYPE_INT)]:
-        names = ", ".join(name for name, _ in found)
+        names = ", ".join(name for name, _ in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         raise Mistake(f"its fields are {names}; expected image (RGBImageField) and label (IntField)")
 
 
