@@ -212,6 +212,9 @@ def convert_spikingjelly(
     """
     rules = {r"^stem\.0\.": "conv1.", r"^stem\.1\.": "bn1.", r"^head\.": "fc."}
     rules |= {r"^head_lif\.": "sn_head.", r"\bspike(\d)\.": r"sn\1."}
+    # The SEW-ResNets of the paper (2021) keep each convolution and its norm in a container.
+    rules |= {r"\.conv(\d)\.module\.0\.": r".conv\1.", r"\.conv(\d)\.module\.1\.": r".bn\1."}
+    rules |= {r"\.downsample\.0\.module\.": ".downsample."}
     renamed = _rename(tensors, rules)
     if not decay_input:
         return renamed

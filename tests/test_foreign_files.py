@@ -179,3 +179,14 @@ def test_many_fields_of_a_beton_are_a_short_line(tmp_path):
     with pytest.raises(Mistake, match=r"its fields are a\\tb, , , ,  and 295 more; expected image") as caught:
         check_beton(path, "data.train")
     assert caught.value.lines[0].isprintable()
+
+
+def test_a_picture_that_another_program_would_open_is_refused(tmp_path, monkeypatch):
+    """Pillow gives EPS to Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("another program was called"))
+    (tmp_path / "a").mkdir()
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "EPS")
+    (tmp_path / "a" / "x.png").write_bytes(stream.getvalue())
+    with pytest.raises(Mistake, match=r"a/x\.png: not a readable picture"):
+        open_source(tmp_path).read(0)

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -398,3 +399,23 @@ import timm
 timm.create_model("sew_resnet8")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "net", "state_dict"])
+def test_import_of_the_oldest_sew_resnets(wrapper, tmp_path):
+    """The files of the SEW-ResNet paper: a convolution and its norm in a container, and the training's arguments."""
+    neuron = NeuronConfig("if", surrogate="atan", v_reset=0.0, detach_reset=True)
+    net = trained(StudentConfig("sew_resnet18", num_classes=5, num_timesteps=4, neuron=neuron))
+    tensors = {}
+    for name, tensor in net.state_dict().items():
+        old = re.sub(r"^(layer.*)\.conv(\d)\.", r"\1.conv\2.module.0.", name)
+        old = re.sub(r"^(layer.*)\.bn(\d)\.", r"\1.conv\2.module.1.", old)
+        tensors[re.sub(r"\.downsample\.", ".downsample.0.module.", old)] = tensor
+    assert "layer2.0.downsample.0.module.1.running_mean" in tensors
+    state = {wrapper: tensors, "epoch": 319, "args": argparse.Namespace(T=4, connect_f="ADD")}
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    section = StudentConfig("sew_resnet18", num_classes=5, num_timesteps=4, neuron=neuron)
+    tdkd_dist.weights.import_student(str(tmp_path / "old.pth"), tmp_path / "x.safetensors", "spikingjelly", section)
+    with torch.no_grad():
+        x = images()
+        assert torch.equal(load_student(tmp_path / "x.safetensors")(x), net(x))

@@ -32,11 +32,15 @@ class FaultError(Exception):
     """What must not happen."""
 
 
+class LateError(BaseException):
+    """No `Exception`, which a reader's own boundary would take for a damaged file."""
+
+
 def attempt(case: Case, seed: str) -> bool:
     """Try one case in an empty folder: whether the input was taken (True) or refused. Raises `FaultError`."""
 
     def late(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"more than {LIMIT_S} s")
+        raise LateError(f"more than {LIMIT_S} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(LIMIT_S)
@@ -48,7 +52,7 @@ def attempt(case: Case, seed: str) -> bool:
         if not mistake.lines or not all(line.isprintable() and line.strip() for line in mistake.lines):
             raise FaultError(f"not a line: {str(mistake)!r}") from mistake
         return False
-    except Exception as error:
+    except (Exception, LateError) as error:
         raise FaultError("".join(traceback.format_exception(error)[-6:])) from error
     finally:
         signal.alarm(0)

@@ -18,6 +18,8 @@ from tdkd_dist.mistakes import Mistake
 Image = NDArray[np.uint8]
 
 FINGERPRINT = 1 << 20
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+"""What is decoded, whatever a picture's name: Pillow would hand others, such as EPS, to another program."""
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
@@ -75,7 +77,8 @@ def decode_image(data: bytes | Path, name: str) -> Image:
     from PIL import Image as Pillow
 
     try:
-        with Pillow.open(io.BytesIO(read_regular(data) if isinstance(data, Path) else data)) as picture:
+        content = read_regular(data) if isinstance(data, Path) else data
+        with Pillow.open(io.BytesIO(content), formats=FORMATS) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
         raise Mistake(f"{name}: not a readable picture: {one_line(error)}") from error
