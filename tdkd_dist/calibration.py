@@ -170,7 +170,7 @@ def read_logits(
     try:
         for images_BCHW, labels_B in loader:
             logits.append(student.all_logits(images_BCHW).cpu())
-            labels.append(labels_B.cpu())
+            labels.append(labels_B.cpu().clone())  # FFCV writes the next batches where these lie
     finally:
         loader.close()
     return torch.cat(logits, dim=1), torch.cat(labels), signature
