@@ -205,19 +205,17 @@ class Stepper:
 
 
 @torch.no_grad()
-def decide(stepper: Stepper, x: Tensor, rule: ExitRule, num_timesteps: int) -> Decision:
-    """Run normalised images `[B, C, H, W]` until the rule stops each, or `num_timesteps`; B may be 0."""
+def decide(stepper: Stepper, x: Tensor, rule: ExitRule | None, num_timesteps: int) -> Decision:
+    """Run normalised images `[B, C, H, W]`, B at least 1, until the rule (if any) stops each, or `num_timesteps`."""
     B, T = len(x), num_timesteps
-    if B == 0:
-        raise Mistake("no images were given")
     stepper.start(x)
-    stops = _Stops(rule)
+    stops = _Stops(rule) if rule is not None else None
     alive = torch.arange(B, device=x.device)
     stopped, logits = [], []
     timesteps_B = torch.zeros(B, dtype=torch.int64, device=x.device)
     for t in range(1, T + 1):
         mean_BK = stepper.step()
-        stops_B = stops(mean_BK, t) if t < T else torch.ones(len(alive), dtype=torch.bool, device=x.device)
+        stops_B = stops(mean_BK, t) if stops is not None and t < T else torch.full_like(alive, t == T, dtype=torch.bool)
         who = stops_B.nonzero().squeeze(1)
         if len(who):
             stopped.append(alive[who])
@@ -228,7 +226,8 @@ def decide(stepper: Stepper, x: Tensor, rule: ExitRule, num_timesteps: int) -> D
             if len(alive) == 0:
                 break
             stepper.keep(rows)
-            stops.keep(rows)
+            if stops is not None:
+                stops.keep(rows)
     order = torch.cat(stopped).argsort()
     logits_BK = torch.cat(logits)[order]
     classes_B = logits_BK.argmax(-1)
@@ -296,12 +295,8 @@ class AnytimeStudent:
 
         Pictures are cropped as in validation. Raises `Mistake`, naming it, for a picture that cannot be read.
         """
-        rule = self.exit or ExitRule("confidence", 1.0)
-        T = self.num_timesteps
         with self._precision():
-            if self.exit is None:
-                return _decide_at_the_end(list(self._stream(images)), T)
-            return decide(self._stepper, self._prepare(images), rule, T)
+            return decide(self._stepper, self._prepare(images), self.exit, self.num_timesteps)
 
     @torch.no_grad()
     def all_logits(self, images: Any) -> Tensor:
@@ -317,16 +312,13 @@ class AnytimeStudent:
 
     def stream(self, images: Any) -> Iterator[Tensor]:
         """The ensemble's logits `[B, K]` after t = 1, 2, ..., to stop when one likes; `images` as for a call."""
-        means = self._stream(images)
+        means = stream(self._stepper, self._prepare(images), self.num_timesteps)
         while True:
             with self._precision():
                 mean_BK = next(means, None)
             if mean_BK is None:
                 return
             yield mean_BK
-
-    def _stream(self, images: Any) -> Iterator[Tensor]:
-        return stream(self._stepper, self._prepare(images), self.num_timesteps)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
@@ -342,12 +334,6 @@ class AnytimeStudent:
         require(fits and len(images) > 0, f"images of {images.dtype} {list(images.shape)}: must be {wanted}")
         x: Tensor = self._normalise(images.to(self.device).contiguous(memory_format=torch.channels_last))
         return x
-
-
-def _decide_at_the_end(means: list[Tensor], num_timesteps: int) -> Decision:
-    logits_BK = means[-1]
-    confidence_B, classes_B = logits_BK.softmax(-1).max(-1)
-    return Decision(classes_B, torch.full_like(classes_B, num_timesteps), confidence_B, logits_BK)
 
 
 def read_picture(picture: Any, size: int, crop_pct: float) -> Tensor:

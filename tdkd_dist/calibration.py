@@ -3,13 +3,11 @@
 Shapes: T timesteps, B samples, K classes, C candidates.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tdkd_dist.anytime import AnytimeStudent, ExitRule, Kind
@@ -105,20 +103,6 @@ def describe(correct_TB: Tensor, exit_B: Tensor) -> dict[str, Any]:
         "mean_timesteps": float(exit_B.double().mean()),
         "histogram": [100 * float((exit_B == t).double().mean()) for t in range(1, T + 1)],
     }
-
-
-def area_under_roc(score: NDArray[np.float64] | Sequence[float], right: NDArray[np.bool_] | Sequence[bool]) -> float:
-    """How well a score tells right from wrong: the chance that a right sample's is larger than a wrong one's.
-
-    Ties count half (Mann and Whitney 1947); nan if all are right or all are wrong.
-    """
-    score, right = np.asarray(score, dtype=np.float64), np.asarray(right, dtype=bool)
-    n_right, n_wrong = int(right.sum()), int((~right).sum())
-    if not n_right or not n_wrong:
-        return float("nan")
-    _, position, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[position]
-    return float((rank[right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
 
 
 def _at(correct_TB: Tensor, exit_B: Tensor) -> Tensor:

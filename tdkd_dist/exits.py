@@ -52,23 +52,32 @@ class ExitCounts:
 
         - `exit_top1`: accuracy in per cent when each sample stops by the rule; `exit_mean_timesteps`
         - `exit_share`, a list over t: the per cent that stop at t
-        - `exit_auroc`: the chance that a right answer's score is above a wrong one's, ties counting half; None if there
-          are no wrong ones, or no right ones
+        - `exit_auroc`: the chance that a right answer's score is above a wrong one's, ties counting half; left out
+          if there are no wrong ones, or no right ones
         - `exit_energy_mj`: the mean energy of an image, of `energy_mj`, that up to each t, where it is known
         """
         stopped_T, right_T, ranked_2N = (
             distributed.sum_over_ranks(x).double().cpu() for x in (self._stopped_T, self._right_T, self._ranked_2N)
         )
-        samples, (wrong_N, right_N) = stopped_T.sum(), ranked_2N
+        samples, auroc = stopped_T.sum(), area_under_roc(*ranked_2N)
         timesteps_T = torch.arange(1, self._T + 1, dtype=torch.float64)
-        pairs = float(wrong_N.sum() * right_N.sum())
-        above = float((right_N * (wrong_N.cumsum(0) - wrong_N / 2)).sum())
         row: dict[str, Any] = {
             "exit_top1": float(100 * right_T.sum() / samples),
             "exit_mean_timesteps": float((stopped_T * timesteps_T).sum() / samples),
             "exit_share": (100 * stopped_T / samples).tolist(),
         }
-        row |= {"exit_auroc": above / pairs} if pairs else {}
+        row |= {"exit_auroc": auroc} if auroc is not None else {}
         if energy_mj is not None:
             row["exit_energy_mj"] = float((stopped_T * torch.tensor(energy_mj, dtype=torch.float64)).sum() / samples)
         return row
+
+
+def area_under_roc(wrong_N: Tensor, right_N: Tensor) -> float | None:
+    """How well a score tells right from wrong: the chance that a right sample's is above a wrong one's.
+
+    Of how many of both there are at each score, in rising order. Ties count half (Mann and Whitney 1947); None if all
+    are right or all are wrong.
+    """
+    wrong_N, right_N = wrong_N.double(), right_N.double()
+    pairs = float(wrong_N.sum() * right_N.sum())
+    return float((right_N * (wrong_N.cumsum(0) - wrong_N / 2)).sum()) / pairs if pairs else None

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +57,17 @@ def append_text(path: Path, text: str) -> bool:
                 os.truncate(path, size)
         return False
     return True
+
+
+def private_folder() -> Path | None:
+    """This user's own folder on the node's own disk; None if it can't be made, or somebody else made it."""
+    folder = Path(tempfile.gettempdir()) / f"tdkd-dist-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    return folder if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() else None
 
 
 def cut(path: Path, size: int) -> None:

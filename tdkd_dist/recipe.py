@@ -231,11 +231,7 @@ def _merge(schema: Any, layer: Any) -> Any:
 
     try:
         return OmegaConf.merge(schema, layer)
-    except (
-        OmegaConfBaseException,
-        TypeError,
-        ValueError,
-    ) as error:  # the latter two for a mapping where a list belongs
+    except (OmegaConfBaseException, TypeError, ValueError) as error:  # not its own: a mapping where a list belongs
         parts = _apart(layer)
         if len(parts) > 1:
             found = Mistakes()

@@ -1,11 +1,13 @@
 """Which rank of a job died first, and of what."""
 
+import json
 import os
 import pickle
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +92,33 @@ def test_a_crash_ends_the_ranks_that_would_wait_for_ever(tmp_path, monkeypatch, 
     assert time.monotonic() - began < 30
     assert set(killed) == {"77"}
     assert capsys.readouterr().err.startswith("error: rank 0 crashed: ValueError: images of another size\n")
+
+
+def test_a_restarted_job_is_not_judged_by_the_signs_of_the_one_that_crashed(tmp_path, monkeypatch):
+    """Their processes are gone, and the new job's have not yet said anything."""
+    killed: list[str] = []
+    monkeypatch.setattr(follow, "GRACE_S", 0.1)
+    monkeypatch.setattr(follow, "POLL_S", 0.05)
+    monkeypatch.setattr(follow.scheduler, "kill", lambda cluster, job_id: killed.append(job_id))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder = RunFolder(tmp_path)
+    folder.heartbeat.mkdir()
+    sign = Sign(0, socket.gethostname(), gone.pid, "training", 5, 0.0, hung=True)
+    old = folder.heartbeat / "rank-00000.json"
+    old.write_text(json.dumps(asdict(sign)))
+    os.utime(old, (time.time() - 60,) * 2)
+    task, polls = make_task(tmp_path, 0, None), iter(range(20))
+
+    def done() -> bool:
+        if next(polls) < 10:
+            return False
+        make_task(tmp_path, 0, Outcome("finished"))
+        return True
+
+    job = SimpleNamespace(job_id="77", num_tasks=1, task=lambda k: task, done=done)
+    assert follow.Follower(job, folder, "local").follow() == follow.FINISHED
+    assert killed == []
 
 
 def test_a_heartbeat_says_who_it_is(tmp_path):

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from tdkd_dist.anytime import ExitRule
 from tdkd_dist.cluster import preflight
-from tdkd_dist.exits import BINS, ExitCounts
+from tdkd_dist.exits import BINS, ExitCounts, area_under_roc
 from tdkd_dist.losses import ensembles
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.recipe import load_config
@@ -38,6 +40,18 @@ def test_the_counts_are_those_of_the_whole_set(rule):
     score = ExitRule(kind, 0).score(means).numpy()
     binned = np.floor((1 - score if kind == "entropy" else score) * BINS)
     assert row["exit_auroc"] == pytest.approx(roc_auc_score(right, binned), abs=2e-3)
+
+
+@settings(max_examples=50)
+@given(scores=st.lists(st.integers(0, 8), min_size=2, max_size=60), seed=st.integers(0, 2**16))
+def test_the_ranking_is_scikit_learns(scores, seed):
+    right = np.random.default_rng(seed).random(len(scores)) < 0.6
+    counts = [torch.bincount(torch.tensor(scores)[torch.from_numpy(chosen)], minlength=9) for chosen in (~right, right)]
+    found = area_under_roc(*counts)
+    if right.all() or not right.any():
+        assert found is None
+    else:
+        assert found == pytest.approx(roc_auc_score(right, scores))
 
 
 def test_without_mistakes_there_is_nothing_to_rank():

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tdkd_dist.cluster import preflight
 from tdkd_dist.data.beton.layout import DESCRIPTOR, HEADER, SAMPLE
 from tdkd_dist.data.beton.manifest import check_beton, manifest_path
 from tdkd_dist.data.beton.writing import write
-from tdkd_dist.data.sources import archives, open_source
+from tdkd_dist.data.sources import open_source
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.recipe import load_config
 
@@ -92,7 +93,7 @@ def test_cifars_test_set_is_what_is_validated_on(tmp_path):
 @pytest.fixture(params=["tar", "tgz", "tar.gz"])
 def tree(request, tmp_path, monkeypatch):
     """Imagenette's form: top folder, split, class."""
-    monkeypatch.setattr(archives.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     path = tmp_path / f"pictures.{request.param}"
     with tarfile.open(path, "w" if request.param == "tar" else "w:gz") as tar:
         for k, name in enumerate(["val/n2/ILSVRC2012_val_9.png", "train/n2/b.png", "train/n1/c.png", "train/n1/a.png"]):

@@ -1,10 +1,11 @@
 """How each rank of a job ended, and which of them brought down the others."""
 
-import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tdkd_dist.cluster.job import Outcome
 from tdkd_dist.run.heartbeat import Sign
@@ -58,7 +59,7 @@ def outcome_of(task: Any) -> Outcome | str | None:
 
 def ended_badly(task: Any, sign: Sign | None) -> bool:
     """Whether a rank on this machine has crashed, was refused, or is gone without a result."""
-    gone = sign is not None and sign.host == socket.gethostname() and not _is_alive(sign.pid)
+    gone = sign is not None and sign.host == socket.gethostname() and not psutil.pid_exists(sign.pid)
     outcome = outcome_of(task)
     return gone if outcome is None else not isinstance(outcome, Outcome) or outcome.state == "refused"
 
@@ -89,13 +90,3 @@ def count_memory_kills() -> int:
     except OSError:
         return 0
     return next((int(row.split()[1]) for row in rows if row.startswith("oom_kill ")), 0)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -38,6 +38,7 @@ class Follower:
         self._log = LogTail(folder.log_file)
         self._interrupts = 0
         self._error_since: float | None = None
+        self._began = time.time()
         self._memory_kills = count_memory_kills()
         self._asked = time.monotonic()
         self._state: scheduler.State | None = None
@@ -79,12 +80,17 @@ class Follower:
 
     def _done_here(self) -> bool:
         if self._error_since is None:
-            signs = {sign.rank: sign for sign in read_signs(self._folder.heartbeat)}
+            signs = {sign.rank: sign for sign in self._signs()}
             if any(ended_badly(task, signs.get(rank)) for rank, task in enumerate(self._tasks)):
                 self._error_since = time.monotonic()
         if self._error_since is not None and time.monotonic() - self._error_since > GRACE_S:
             scheduler.kill(self._cluster, str(self._job.job_id))
         return bool(self._job.done())
+
+    def _signs(self) -> list[Sign]:
+        """Of this job's ranks: a start before this one, which crashed, has left its own."""
+        signs = read_signs(self._folder.heartbeat)
+        return [sign for sign in signs if sign.written >= self._began and 0 <= sign.rank < len(self._tasks)]
 
     def _status(self) -> int:
         time.sleep(POLL_S)  # a result may take a moment to be seen on another machine's disk
@@ -93,7 +99,7 @@ class Follower:
         if refused:
             print("\n".join(f"error: {printable(line)}" for line in refused[0].splitlines()), file=sys.stderr)
             return USERS_MISTAKE
-        signs, no_memory = read_signs(self._folder.heartbeat), count_memory_kills() > self._memory_kills
+        signs, no_memory = self._signs(), count_memory_kills() > self._memory_kills
         first = find_first(self._tasks, signs, no_memory=no_memory and self._cluster == "local")
         if first is not None:
             return self._report_crash(first.rank, first.reason, find_laggard(signs))
@@ -106,8 +112,7 @@ class Follower:
             reason = slurm.how_it_ended(str(self._job.job_id)) or reason
         if not self.interrupted:
             print(printable(f"error: rank {rank} crashed: {reason}"), file=sys.stderr)
-            # A sign of life may name a rank that is none.
-            print(f"its output: {self._tasks[rank % len(self._tasks)].paths.stdout}", file=sys.stderr)
+            print(f"its output: {self._tasks[rank].paths.stdout}", file=sys.stderr)
         return STOPPED if self.interrupted else CRASHED
 
     def _interrupt(self) -> None:

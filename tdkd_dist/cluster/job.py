@@ -2,8 +2,6 @@
 
 import os
 import signal
-import stat
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from tdkd_dist.config import Config
+from tdkd_dist.files import private_folder
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.run.heartbeat import Heartbeat, outlasting
 
@@ -125,13 +124,8 @@ class _SignalFlags:
 
 def keep_caches_local() -> None:
     """Keep compiled code in a folder of this user's on the node's own disk, unless the environment says otherwise."""
-    caches = Path(tempfile.gettempdir()) / f"tdkd-dist-{os.getuid()}"
-    try:
-        caches.mkdir(mode=0o700, exist_ok=True)
-    except OSError:
-        return
-    found = caches.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    caches = private_folder()
+    if caches is None:
         return  # what is loaded from there is run: not from a folder that somebody else made
     for variable, name in CACHES.items():
         os.environ.setdefault(variable, str(caches / name))

@@ -109,8 +109,9 @@ class RunFolder:
         if not self.config_file.exists():
             self._check_free()
             return
-        self._check_same(config)
-        trained = read_config(self.config_file).train.epochs > 0
+        there = read_config(self.config_file)
+        self._check_same(there, config)
+        trained = there.train.epochs > 0
         if trained != (config.train.epochs > 0):
             was, now, name = ("a training", "an evaluation", f"{self.path.name}-eval")
             if not trained:
@@ -160,8 +161,8 @@ class RunFolder:
         if foreign:
             raise Mistake(f"run.dir={self.path}: holds {foreign[0]}, which is no run's; choose an empty or new folder")
 
-    def _check_same(self, config: Config) -> None:
-        before, now = flatten(read_config(self.config_file)), flatten(config)
+    def _check_same(self, there: Config, config: Config) -> None:
+        before, now = flatten(there), flatten(config)
         differing = [key for key in now if before[key] != now[key] and not key.startswith(MAY_DIFFER)]
         if before["run.seed"] != now["run.seed"]:
             differing.append("run.seed")

@@ -10,14 +10,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tdkd_dist import distributed
 from tdkd_dist.files import write_text
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.run.progress import Progress, list_checkpoints, read_progress, write_progress
+from tdkd_dist.run.reading import read_json
 from tdkd_dist.training.engine import Engine
 from tdkd_dist.training.state import generator_states, read_state, set_generator_states, understanding
 
@@ -70,12 +72,15 @@ def restore(folder: Path, engine: Engine, say: Callable[[str], None]) -> Progres
         return None
     path = folder / name
     progress, world_size = read_progress(path)
-    state = read_state(path / STATE)
-    of_ranks = [read_state(path / _of_rank(rank)) for rank in range(world_size)]
+    state, own, parts = read_state(path / STATE), None, []
+    if world_size == distributed.world_size():
+        own = read_state(path / _of_rank(distributed.rank()))
+    elif engine.partitioned:
+        parts = [read_state(path / _of_rank(rank)) for rank in range(world_size)]
     with understanding(path):
-        engine.load(state, of_ranks)
-        if world_size == distributed.world_size():
-            set_generator_states(of_ranks[distributed.rank()])
+        engine.load(state, own, parts)
+        if own is not None:
+            set_generator_states(own)
     return progress
 
 
@@ -100,11 +105,10 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 def find_damage(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`, or None if every file is there and matches its checksum."""
-    try:
-        checksums: Any = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError):
-        checksums = None
-    if not isinstance(checksums, dict):
+    checksums = None
+    with suppress(Mistake):
+        checksums = read_json(path / MANIFEST)
+    if checksums is None:
         return "its manifest is missing or unreadable"
     for name, checksum in checksums.items():
         file = path / name

@@ -6,7 +6,7 @@ The only file that knows DeepSpeed. Its launcher is not used: the process group 
 import inspect
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import timm.optim
@@ -63,7 +63,8 @@ class Engine:
             filter_bias_and_bn=not optim.decay_all,
             **_fused(optim.name),
         )
-        self._partitioned = config.train.zero_stage > 0
+        self.partitioned = config.train.zero_stage > 0
+        """Whether each rank has but a part of the optimiser's state."""
         self._by_step = optim.schedule_on == "step"
         self._schedule, _ = create_scheduler_v2(
             self._optimizer,
@@ -167,50 +168,50 @@ class Engine:
             "global_step": self.global_step,
             "student": self.student.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "optimizer": None if self._partitioned else self._optimizer.state_dict(),
+            "optimizer": None if self.partitioned else self._optimizer.state_dict(),
         }
 
     def rank_state(self) -> dict[str, Any]:
         """What this rank alone has: its batch-norm statistics, and under ZeRO its part of the optimiser's state."""
         return {
             "buffers": self.rank_buffers(),
-            "optimizer": self._optimizer.state_dict() if self._partitioned else None,
+            "optimizer": self._optimizer.state_dict() if self.partitioned else None,
         }
 
-    def load(self, state: dict[str, Any], of_ranks: list[dict[str, Any]]) -> None:
-        """Take up a `state`, and the `rank_state` of every rank that saved one, on any number of ranks.
+    def load(self, state: dict[str, Any], own: dict[str, Any] | None, parts: Sequence[dict[str, Any]] = ()) -> None:
+        """Take up a `state`, and this rank's `rank_state`; None on another number of ranks than saved it.
 
-        Raises `Mistake` if they are of another run, or of none, before anything is changed.
+        `parts`, every rank's that saved one, are then needed if the optimiser is partitioned. Raises `Mistake` if
+        they are of another run, or of none, before anything is changed.
         """
-        optimizer = self._join_partitions(of_ranks) if self._partitioned else state["optimizer"]
-        # Of other shares of the data, rank 0's statistics, which come with the student, are as good for everyone.
-        own = of_ranks[distributed.rank()]["buffers"] if len(of_ranks) == distributed.world_size() else {}
+        optimizer = state["optimizer"]
+        if self.partitioned:
+            optimizer = own["optimizer"] if own is not None else self._cut_anew([part["optimizer"] for part in parts])
         require_same_form(state["student"], self.student.state_dict(), "student")
         if self.ema is not None:
             require_same_form(state["ema"], self.ema.module.state_dict(), "ema")
-        if own:
-            require_same_form(own, self.rank_buffers(), "batch norms")
+        if own is not None:
+            require_same_form(own["buffers"], self.rank_buffers(), "batch norms")
         require_optimizer_state(optimizer, self._optimizer)
         step = int(state["global_step"])
         self.student.load_state_dict(state["student"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self._optimizer.load_state_dict(optimizer)
-        if self._partitioned:
+        if self.partitioned:
             self._deepspeed.optimizer.refresh_fp32_params()
-        for name, buffer in self.rank_buffers().items() if own else ():
-            buffer.copy_(own[name])
+        if own is not None:
+            for name, buffer in self.rank_buffers().items():
+                buffer.copy_(own["buffers"][name])
+        # Else of other shares of the data: rank 0's statistics, which came with the student, are as good for everyone.
         self.global_step = step
         self._set_rate()
 
-    def _join_partitions(self, of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    def _cut_anew(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
         """This rank's part of the optimiser's state, cut from the parts of all ranks that saved theirs.
 
         Under ZeRO a parameter group is one flat tensor, padded and cut into a part for each rank.
         """
-        parts = [rank["optimizer"] for rank in of_ranks]
-        if len(parts) == distributed.world_size():
-            return parts[distributed.rank()]  # type: ignore[no-any-return]
         state: dict[int, dict[str, Any]] = {}
         for group, flat in enumerate(self._deepspeed.optimizer.single_partition_of_fp32_groups):
             size, start = flat.numel(), flat.numel() * distributed.rank()

@@ -9,9 +9,7 @@ import json
 import logging
 import os
 import shutil
-import stat
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from tdkd_dist.data.sources.classes import synsets_of
 from tdkd_dist.data.sources.ground_truth import find_truth, read_truth
 from tdkd_dist.data.sources.parquet import ParquetSource
 from tdkd_dist.data.sources.source import IMAGE_SUFFIXES, Image, Source, decode_image, fingerprint, of_split, one_line
-from tdkd_dist.files import whole
+from tdkd_dist.files import private_folder, whole
 from tdkd_dist.mistakes import Mistake
 
 PREFIXES = {
@@ -224,10 +222,9 @@ def unpacked(path: Path) -> Path:
 
     It is made once, and named after the file's size, beginning and end.
     """
-    folder = Path(tempfile.gettempdir()) / f"tdkd-dist-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if not stat.S_ISDIR(folder.lstat().st_mode) or folder.lstat().st_uid != os.getuid():
-        raise Mistake(f"{folder}: not yours; set TMPDIR to a folder that is")
+    folder = private_folder()
+    if folder is None:
+        raise Mistake(f"{path}: no folder of your own to unpack it to; set TMPDIR to one where files can be made")
     plain = folder / f"{fingerprint([path])}.tar"
     if not plain.exists():
         logging.getLogger(__name__).info("unpacking %s to %s", path, plain)
