@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt tools/system_packages.sh
 	@test -x $(PY) || { echo "creating $(VENV)/"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing tdkd-dist with torch, DeepSpeed, FFCV and the test peers into $(VENV)/ (6 GB, some minutes)"
 	@$(PY) -m pip install -q -c constraints.txt uv
-	@$(VENV)/bin/uv pip install -q --compile-bytecode --python $(PY) -c constraints.txt -e '.[train,report,dev]'
+	@$(VENV)/bin/uv pip install -q --compile-bytecode --python $(PY) -c constraints.txt -e '.[train,report,export,dev]'
 	@touch $@
 
 data/fashion_train.beton: | $(VENV)/.ready

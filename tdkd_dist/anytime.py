@@ -296,7 +296,7 @@ class AnytimeStudent:
         Pictures are cropped as in validation. Raises `Mistake`, naming it, for a picture that cannot be read.
         """
         with self._precision():
-            return decide(self._stepper, self._prepare(images), self.exit, self.num_timesteps)
+            return decide(self._stepper, self.prepare(images), self.exit, self.num_timesteps)
 
     @torch.no_grad()
     def all_logits(self, images: Any) -> Tensor:
@@ -305,14 +305,14 @@ class AnytimeStudent:
         self.model.set_num_timesteps(self.num_timesteps)
         try:
             with self._precision():
-                logits_TBK: Tensor = self.model(self._prepare(images))
+                logits_TBK: Tensor = self.model(self.prepare(images))
         finally:
             self.model.set_num_timesteps(trained)
         return logits_TBK.float()
 
     def stream(self, images: Any) -> Iterator[Tensor]:
         """The ensemble's logits `[B, K]` after t = 1, 2, ..., to stop when one likes; `images` as for a call."""
-        means = stream(self._stepper, self._prepare(images), self.num_timesteps)
+        means = stream(self._stepper, self.prepare(images), self.num_timesteps)
         while True:
             with self._precision():
                 mean_BK = next(means, None)
@@ -323,7 +323,8 @@ class AnytimeStudent:
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
 
-    def _prepare(self, images: Any) -> Tensor:
+    def prepare(self, images: Any) -> Tensor:
+        """Normalised `[B, C, H, W]` on its device, of whatever a call takes."""
         if not isinstance(images, Tensor):
             pictures = images if isinstance(images, list | tuple) else [images]
             require(len(pictures) > 0, "no pictures were given")

@@ -6,7 +6,7 @@ Here a layer's statistics travel in one functional all-reduce forward and one ba
 Shapes: x and y are `[n, C, ...]`; S two rows of sums a channel.
 """
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,8 @@ def batch_norm_repeated(bn: nn.Module, x: Tensor, repeats: int) -> Tensor:
     Output, gradients and running mean do not depend on the number of copies; the running variance does, since it is
     of n/(n-1) times the batch's, n counting every copy on every rank.
     """
-    assert isinstance(bn, _BatchNorm)
+    if not isinstance(bn, _BatchNorm):  # folded into the convolution before it
+        return cast(Tensor, bn(x))
     if isinstance(bn, _OverRanks) and bn.synchronised:
         return bn.forward(x, repeats)
     before = None if bn.running_var is None else bn.running_var.clone()

@@ -13,7 +13,7 @@ from torch import Tensor
 from tdkd_dist.anytime import AnytimeStudent, ExitRule, Kind
 from tdkd_dist.config import DataConfig
 from tdkd_dist.data.beton.manifest import check_beton
-from tdkd_dist.data.loaders import make_val_loader, open_pictures, signature_of
+from tdkd_dist.data.loaders import ValLoader, make_val_loader, open_pictures, signature_of
 from tdkd_dist.losses import ensembles
 from tdkd_dist.metrics import label_rank
 from tdkd_dist.mistakes import Mistake, require
@@ -131,10 +131,10 @@ def _nothing(max_drop: float | None, mean_timesteps: float | None, samples: int)
     )
 
 
-def read_logits(
+def open_heldout(
     student: AnytimeStudent, heldout: Path, *, split: str | None = None, workers: int = 2, batch_size: int = 128
-) -> tuple[Tensor, Tensor, str]:
-    """The logits `[T, B, K]` of held-out pictures, their labels `[B]`, and the data's signature.
+) -> tuple[ValLoader, str]:
+    """Batches of labelled pictures as the student sees them, and the data's signature.
 
     `heldout` is a beton or anything else that pictures are read from. Raises `Mistake`, naming it.
     """
@@ -150,6 +150,14 @@ def read_logits(
     else:
         signature = signature_of(open_pictures(str(heldout), f"data.{split or 'val'}"))
     loader = make_val_loader(data, batch_size=batch_size, rank=0, world_size=1, device=student.device, workers=workers)
+    return loader, signature
+
+
+def read_logits(
+    student: AnytimeStudent, heldout: Path, *, split: str | None = None, workers: int = 2, batch_size: int = 128
+) -> tuple[Tensor, Tensor, str]:
+    """The logits `[T, B, K]` of held-out pictures, their labels `[B]`, and the data's signature; see `open_heldout`."""
+    loader, signature = open_heldout(student, heldout, split=split, workers=workers, batch_size=batch_size)
     logits, labels = [], []
     try:
         for images_BCHW, labels_B in loader:

@@ -193,6 +193,11 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
+def _is_fused() -> bool:
+    """Whether torch.compile is at work, for Inductor; torch.export's graphs are for others."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 class SpikingNeuron(nn.Module):
     """A layer of spiking neurons as a `NeuronConfig` describes them (Yu et al. 2025, eq. 1-3; PLIF: Fang et al. 2021).
 
@@ -238,9 +243,11 @@ class SpikingNeuron(nn.Module):
             spikes, self.membrane = self.step(x, self.membrane)
             return spikes
         T = self.num_timesteps
-        if torch.compiler.is_compiling():
+        if _is_fused():
             return self._unroll(x, constant=constant)
         x_TB = x.expand(T, *x.shape) if constant else x.view(T, -1, *x.shape[1:])
+        if torch.compiler.is_compiling():
+            return self._step_all(x_TB)
         s_TB: Tensor = _FoldedNeuron.apply(x_TB, self.decay, self._dynamics)
         return s_TB.flatten(0, 1)
 
@@ -249,7 +256,7 @@ class SpikingNeuron(nn.Module):
 
         `identity`: whether the shortcut is what the block reads, not a convolution of it.
         """
-        if torch.compiler.is_compiling() and not self.carries:
+        if _is_fused() and not self.carries:
             return self._unroll(x, shortcut, identity and self.writes_shortcut_gradient)
         spikes: Tensor = self(x)
         return shortcut + spikes
@@ -268,6 +275,14 @@ class SpikingNeuron(nn.Module):
         h = _start(x) if m is None else _charge(x, m, decay)
         s = _Spike.apply(h, k.gap, k.surrogate, k.alpha)
         return s.to(x.dtype), _reset(h, s.detach() if k.detach_reset else s, k.drop)
+
+    def _step_all(self, x_TB: Tensor) -> Tensor:
+        """Spikes `[T*B, ...]` of all steps, for a batch size that the graph leaves open: chunks would fix it."""
+        m, steps = None, []
+        for x in x_TB:
+            s, m = self.step(x, m)
+            steps.append(s)
+        return torch.stack(steps).flatten(0, 1)
 
     def _unroll(
         self, x: Tensor, shortcut: Tensor | None = None, write: bool = False, *, constant: bool = False

@@ -26,8 +26,9 @@ data.sources.parquet data.sources.ground_truth
 data.sources.archives
 data.sources data.beton.manifest
 data.beton.writing data.beton.verify data.beton.staging data.checks data.ffcv_reader data.folder_reader
-data.loaders anytime
-calibration exits
+data.loaders anytime export.plain
+calibration exits export.program
+export.agreement export.onnx export.nir
 validate
 run.reading run.figures run.log
 run.heartbeat run.progress
@@ -50,7 +51,7 @@ cluster.submission
 cluster.start
 """
 """From the ground up. The package itself stands above all: it imports the students when timm is imported."""
-EMPTY = {"data", "data.beton", "run", "training", "cluster", "report"}
+EMPTY = {"data", "data.beton", "run", "training", "cluster", "report", "export"}
 """Wings whose `__init__` says what they are and imports nothing."""
 ONLY_IN = {
     "deepspeed": ["training.engine"],
@@ -58,7 +59,9 @@ ONLY_IN = {
     "ffcv": ["data.ffcv_reader"],
     "wandb": ["run.record", "report.wandb_report"],
     "omegaconf": ["recipe"],
-    "matplotlib": ["run.figures", "report.figures"],
+    "matplotlib": ["run.figures", "report.figures", "export.agreement"],
+    "onnx": ["export.onnx"],
+    "nir": ["export.nir"],
 }
 """Which modules know a library."""
 LIGHT = ("students", "losses", "weights", "neurons")

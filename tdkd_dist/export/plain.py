@@ -1,0 +1,91 @@
+"""A student as other programs know it: batch norms folded, a whole pass or one timestep, plain tensors in and out.
+
+Shapes: T timesteps, B images, K classes.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from tdkd_dist.neurons import SpikingNeuron
+from tdkd_dist.students.base import SpikingNet
+
+
+@torch.no_grad()
+def fold_batch_norms(model: SpikingNet) -> SpikingNet:
+    """A copy in eval mode whose batch norms are a part of the convolutions before them (Jacob et al. 2018, 3.2).
+
+    A batch norm that reads anything but one convolution's output stays as it is. Folding is done in float64.
+    """
+    folded = copy.deepcopy(model).eval()
+    names = {module: name for name, module in folded.named_modules()}
+    for conv, bn in _pairs(folded):
+        dtype = conv.weight.dtype
+        fused: nn.Conv2d = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
+        folded.set_submodule(names[conv], fused.to(dtype))
+        folded.set_submodule(names[bn], nn.Identity())
+    return folded
+
+
+def _pairs(model: SpikingNet) -> list[tuple[nn.Conv2d, _BatchNorm]]:
+    """Every batch norm with the convolution whose output it read, and nobody else did, in one timestep."""
+    made_by: dict[int, nn.Conv2d] = {}
+    kept: list[Tensor] = []  # while tensors live, their ids are their own
+    pairs: list[tuple[nn.Conv2d, _BatchNorm]] = []
+
+    def after_convolution(conv: nn.Module, _: Any, output: Tensor) -> None:
+        assert isinstance(conv, nn.Conv2d)
+        made_by[id(output)] = conv
+        kept.append(output)
+
+    def before_batch_norm(bn: nn.Module, inputs: tuple[Tensor]) -> None:
+        assert isinstance(bn, _BatchNorm)
+        conv = made_by.pop(id(inputs[0]), None)
+        if conv is not None:
+            pairs.append((conv, bn))
+
+    hooks = [m.register_forward_hook(after_convolution) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    hooks += [m.register_forward_pre_hook(before_batch_norm) for m in model.modules() if isinstance(m, _BatchNorm)]
+    try:
+        model.step(example(model, 1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pairs
+
+
+def example(model: SpikingNet, batch: int, frames: int | None = None) -> Tensor:
+    """Normalised images `[B, C, H, W]`, or frames `[T, B, C, H, W]`, of the student's size, on its device: noise."""
+    weight = next(model.parameters())
+    shape = (batch, model.in_chans, *model.default_cfg["input_size"][1:])
+    noise = torch.randn(shape if frames is None else (frames, *shape), generator=torch.Generator().manual_seed(0))
+    return noise.to(weight)
+
+
+class OneStep(nn.Module):
+    """One timestep of plain tensors: images `[B, C, H, W]` and membranes to logits `[B, K]` and membranes.
+
+    The images are those of any other timestep, or this timestep's frame; membranes are measured from the reset value,
+    and 0 at first.
+    """
+
+    def __init__(self, model: SpikingNet) -> None:
+        super().__init__()
+        self.model = model
+        self.names = [name for name, module in model.named_modules() if isinstance(module, SpikingNeuron)]
+
+    def forward(self, images: Tensor, *membranes: Tensor) -> tuple[Tensor, ...]:
+        """Logits and the membranes after the timestep, in the order of `names`."""
+        state = dict(zip(self.names, membranes, strict=True))
+        logits, state = self.model.step(images, state, frame=True)
+        return logits, *(state[name] for name in self.names)
+
+    @torch.no_grad()
+    def at_rest(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The membranes before the first timestep of such images."""
+        _, state = self.model.step(images, frame=True)
+        return tuple(torch.zeros_like(state[name]) for name in self.names)

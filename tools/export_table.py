@@ -1,0 +1,78 @@
+"""Prove every student in every format, and show it in docs/export.md: python tools/export_table.py [STUDENT ...]
+
+The tests do the same for a part of it, and hold the page to what they find.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "export.md"
+BEGIN, END = "<!-- proven: tools/export_table.py -->\n", "<!-- end -->"
+CONNECTIONS = ("ADD", "AND", "IAND")
+Row = tuple[str, str]
+"""A student, with its connection where it has one, and the reset."""
+
+
+def main(names: list[str]) -> int:
+    """Prove the rows of these students, or of all, and write them into the page's table."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from exports import FORMATS, RESETS, lively, prove  # type: ignore[import-not-found]
+
+    from tdkd_dist.neuron_config import NeuronConfig
+    from tdkd_dist.students import spiking_names
+
+    found = read_table()
+    for name in names or spiking_names():
+        for connect in CONNECTIONS if name in ("sew_resnet8", "sew_resnet50") else (None,):
+            for reset, v_reset in RESETS.items():
+                options = {} if connect is None else {"connect": connect}
+                net = lively(name, NeuronConfig(v_reset=v_reset), **options)
+                cells = []
+                for form in FORMATS:
+                    with tempfile.TemporaryDirectory() as folder:
+                        cells.append(show(*prove(net, form, Path(folder) / "student.pt2")))
+                row = f"{name} {connect}" if connect else name
+                found[row, reset] = cells
+                print(row, reset, *cells, flush=True)
+                write_table(found, FORMATS)
+    return 0
+
+
+def show(worst: float | None, note: str) -> str:
+    """A cell: the worst difference of a logit in float64 and what it took, or why there is none."""
+    if worst is None:
+        return "soft reset" if "soft reset" in note else note
+    return ("0" if worst == 0 else f"{worst:.0e}") + (f" `{note}`" if note else "")
+
+
+def read_table() -> dict[Row, list[str]]:
+    """The page's rows."""
+    text = PAGE.read_text()
+    lines = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {(student.strip("`"), reset): cells for student, reset, *cells in rows}
+
+
+def write_table(found: dict[Row, list[str]], formats: tuple[str, ...]) -> None:
+    """Put the rows into the page, sorted."""
+    lines = ["| student | reset | " + " | ".join(formats) + " |", "|---|---" + "|---" * len(formats) + "|"]
+    lines += [f"| `{student}` | {reset} | " + " | ".join(cells) + " |" for (student, reset), cells in _sorted(found)]
+    text = PAGE.read_text()
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    PAGE.write_text(before + "\n".join(lines) + "\n" + after)
+
+
+def _sorted(found: dict[Row, list[str]]) -> list[tuple[Row, list[str]]]:
+    def key(item: tuple[Row, list[str]]) -> tuple[str, int, str, str]:
+        (student, reset), _ = item
+        family, _, rest = student.rpartition("resnet")
+        depth, _, connect = rest.partition(" ")
+        return family, int(depth), connect, reset
+
+    return sorted(found.items(), key=key)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
