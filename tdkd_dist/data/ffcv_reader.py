@@ -1,4 +1,4 @@
-"""Batches from a beton through FFCV: one compiled decoder that carries out the plans of `crops`.
+"""Batches from a beton through FFCV: one compiled decoder that carries out the plans of `crops`; or frames as stored.
 
 FFCV's own random decoders draw from an unseeded generator, its iterator leaves a waiting reader alone with a thread
 that has died, and its epochs fix the order at creation. Here a subclass of its decoder reads a plan made beforehand,
@@ -46,9 +46,9 @@ DECODED = PLAN_COLUMNS
 
 
 class FfcvReader:
-    """Reads any order of samples from the beton `path`, in batches."""
+    """Reads any order of samples from the beton `path`, in batches: pictures by a rule, or, without one, frames."""
 
-    def __init__(self, path: Path, *, batch_size: int, rule: CropRule, workers: int, device: torch.device):
+    def __init__(self, path: Path, *, batch_size: int, rule: CropRule | None, workers: int, device: torch.device):
         _import_ffcv()
         from ffcv.fields.decoders import IntDecoder
         from ffcv.loader import Loader, OrderOption
@@ -56,7 +56,8 @@ class FfcvReader:
 
         self.path, self.rule, self._device = path, rule, device
         on_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
-        self._decoder = _decoder_class()(rule)
+        self._decoder = _frame_decoder_class()() if rule is None else _decoder_class()(rule)
+        as_images = [] if rule is None else [ToTorchImage()]
         workers = _as_compiled_before(workers)
         with _keep_torch_threads():
             self._loader = Loader(
@@ -67,7 +68,7 @@ class FfcvReader:
                 order=OrderOption.SEQUENTIAL,
                 drop_last=False,
                 pipelines={
-                    "image": [self._decoder, ToTensor(), *on_device, ToTorchImage()],
+                    "frames" if rule is None else "image": [self._decoder, ToTensor(), *on_device, *as_images],
                     "label": [IntDecoder(), ToTensor(), *on_device],
                 },
             )
@@ -84,9 +85,11 @@ class FfcvReader:
         if len(order) == 0:
             return
         threads = torch.get_num_threads()
-        # FFCV asks the decoder for its shape whenever it allocates an epoch's buffers.
-        self._decoder.size = self.rule.size_at(epoch)
-        plan = self._plan_for(epoch)
+        plan = None
+        if self.rule is not None:
+            # FFCV asks the decoder for its shape whenever it allocates an epoch's buffers.
+            self._decoder.size = self.rule.size_at(epoch)
+            plan = self._plan_for(self.rule, epoch)
         self._open = iterator = _iterator_class()(self._loader, order, self._plan_node, plan, self._device)
         try:
             for images_BCHW, labels_B1 in iterator:
@@ -102,12 +105,12 @@ class FfcvReader:
             self._open.close()
             self._open = None
 
-    def _plan_for(self, epoch: int) -> Callable[[Ints], Ints]:
+    def _plan_for(self, rule: CropRule, epoch: int) -> Callable[[Ints], Ints]:
         pictures = self._loader.reader.metadata["f0"]
 
         def plan(indices_B: Ints) -> Ints:
             chosen = pictures[indices_B]
-            return self.rule.plan(epoch, indices_B, chosen["height"].astype(np.int64), chosen["width"].astype(np.int64))
+            return rule.plan(epoch, indices_B, chosen["height"].astype(np.int64), chosen["width"].astype(np.int64))
 
         return plan
 
@@ -209,6 +212,31 @@ def _decoder_class() -> Any:
     return PlanDecoder
 
 
+@cache
+def _frame_decoder_class() -> Any:
+    from ffcv.fields.ndarray import NDArrayDecoder
+    from ffcv.libffcv import memcpy
+    from ffcv.pipeline.compiler import Compiler
+
+    copy = Compiler.compile(memcpy)
+
+    class FrameDecoder(NDArrayDecoder):  # type: ignore[misc]
+        """FFCV's own, which gives the last batch of an epoch the length of the others."""
+
+        def generate_code(self) -> Callable[..., Any]:
+            read, threads = self.memory_read, Compiler.get_iterator()
+
+            def decode(batch_indices: Any, memory: Any, metadata: Any, storage_state: Any) -> Any:
+                for i in threads(len(batch_indices)):
+                    copy(read(metadata[batch_indices[i]], storage_state), memory[i].view(np.uint8))
+                return memory[: len(batch_indices)]
+
+            decode.is_parallel = True  # type: ignore[attr-defined]
+            return decode
+
+    return FrameDecoder
+
+
 def _move(image_HWC: Any, down: int, right: int) -> None:
     """Move the picture in place, black behind it (compiled)."""
     height, width, channels = image_HWC.shape
@@ -247,7 +275,7 @@ def _iterator_class() -> Any:
         """FFCV's loader thread, with a plan for each batch, an ear for its errors and an end."""
 
         def __init__(
-            self, loader: Any, order: Ints, plan_node: int, plan: Callable[[Ints], Ints], device: torch.device
+            self, loader: Any, order: Ints, plan_node: int, plan: Callable[[Ints], Ints] | None, device: torch.device
         ):
             self._plan_node, self._plan, self._device = plan_node, plan, device
             self._error: BaseException | None = None
@@ -268,14 +296,15 @@ def _iterator_class() -> Any:
             if self.terminate_event.is_set():
                 # FFCV looks at the event only when its queue stays full, and would read the epoch to its end.
                 raise StopIteration
-            plans_BP = self.memory_allocations["operation"][self._plan_node][1][batch_slot][: len(batch_indices)]
-            plans_BP[:, :DECODED] = self._plan(batch_indices)
+            if self._plan is not None:
+                plans_BP = self.memory_allocations["operation"][self._plan_node][1][batch_slot][: len(batch_indices)]
+                plans_BP[:, :DECODED] = self._plan(batch_indices)
             result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
             if self._device.type == "cuda":
                 # FFCV would only make the GPU wait, and could then overwrite pinned memory that is still being sent.
                 # Here, and not where the batch is taken: the training loop must not wait.
                 self.cuda_streams[batch_slot].synchronize()
-            broken = batch_indices[plans_BP[:, DECODED] != 0]
+            broken = batch_indices[plans_BP[:, DECODED] != 0] if self._plan is not None else []
             if len(broken):
                 raise Mistake(f"sample {broken[0]} cannot be decoded; see tools/write_beton.py --verify")
             return result

@@ -7,6 +7,7 @@ each picture. A file without a manifest, as ffcv-imagenet writes it, is welcome;
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tdkd_dist.data.beton.layout import Tables, read_tables
 from tdkd_dist.files import write_json
@@ -60,12 +61,14 @@ class Manifest:
     class_names: list[str] | None
     class_histogram: list[int]
     mean: list[float]
-    """Of the pixels as stored, in [0, 1], for each channel."""
+    """Of the pixels as stored, in [0, 1], or of the counts of events, for each channel."""
     std: list[float]
     file_size: int
     tables_sha256: str
     """Of the header, descriptors, sample table, checksums and allocation table."""
     skipped: list[str] = field(default_factory=list)
+    frames: dict[str, Any] | None = None
+    """Of event recordings: how they became frames, and which of the source's are here."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,10 @@ class BetonInfo:
     num_samples: int
     manifest: Manifest | None
     signature: str
-    """Of the labels, the checksums of the pictures and their order."""
+    """Of the labels, the checksums of the samples and their order."""
     largest_label: int
+    frames: tuple[int, int, int, int] | None = None
+    """Frames, polarities, height and width of a sample; None: it holds pictures."""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -133,7 +138,8 @@ def check_beton(path: Path | str, key: str) -> BetonInfo:
         raise Mistake(f"{key}={path}: {error.strerror}") from error
     except Mistake as error:
         raise Mistake(f"{key}={path}: {error}") from error
-    return BetonInfo(path, len(tables.samples), manifest, tables.sha256(), int(tables.samples["label"].max()))
+    frames, largest = tables.frames, int(tables.samples["label"].max())
+    return BetonInfo(path, len(tables.samples), manifest, tables.sha256(), largest, frames.shape if frames else None)
 
 
 def compare(manifest: Manifest, tables: Tables, size: int) -> None:

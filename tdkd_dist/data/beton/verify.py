@@ -55,11 +55,14 @@ def _check_chunk(start: int) -> list[str]:
 
 def _find_problem(tables: Tables, index: int, data: bytes, classes: int | None) -> str | None:
     """What is wrong with a sample; `classes` is None without a manifest, hence without checksums."""
-    picture, label = tables.samples[index]["image"], int(tables.samples[index]["label"])
+    label = int(tables.samples[index]["label"])
     if classes is not None and zlib.crc32(data) != tables.checksums[index]:
         return "its checksum differs: its bytes have changed since they were written"
     if classes is not None and label >= classes:
         return f"its label is {label}, of {classes} classes"
+    if tables.frames is not None:
+        return None
+    picture = tables.samples[index]["image"]
     if picture["mode"] == MODE_JPEG:
         try:
             pixels = decode_image(data, "its JPEG")

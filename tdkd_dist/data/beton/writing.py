@@ -13,26 +13,27 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tdkd_dist.data.beton.layout import (
     ALLOCATION,
-    DESCRIPTOR,
+    COUNT_TYPES,
+    FRAMES_SAMPLE,
     HEADER,
     MODE_JPEG,
     MODE_RAW,
     PAGE_SIZE,
     SAMPLE,
-    TYPE_IMAGE,
-    TYPE_INT,
     VERSION,
+    FrameLayout,
     Tables,
     data_start,
+    descriptors,
     read_tables,
 )
 from tdkd_dist.data.beton.manifest import (
@@ -44,15 +45,16 @@ from tdkd_dist.data.beton.manifest import (
     save_manifest,
 )
 from tdkd_dist.data.crops import uniform_draws
-from tdkd_dist.data.sources.source import Image, Source
+from tdkd_dist.data.sources.source import FrameSource, Image, Source
 from tdkd_dist.files import whole
 from tdkd_dist.mistakes import Mistake
 
+AnySource = Source | FrameSource
 CHUNK = 32
 """Pictures a task: enough to hide the cost of handing it over, few enough that many tasks fit in memory."""
 
 
-def up_to_date(source: Source, dest: Path, options: WriteOptions) -> Manifest | None:
+def up_to_date(source: AnySource, dest: Path, options: WriteOptions) -> Manifest | None:
     """The manifest of `dest` if that is a whole beton written from the same source with the same options, else None."""
     try:
         manifest = check_beton(dest, "DEST").manifest
@@ -64,7 +66,7 @@ def up_to_date(source: Source, dest: Path, options: WriteOptions) -> Manifest | 
 
 
 def write(
-    source: Source,
+    source: AnySource,
     dest: Path | str,
     options: WriteOptions | None = None,
     *,
@@ -81,7 +83,7 @@ def write(
         dest.parent.mkdir(parents=True, exist_ok=True)
         with whole(dest) as partial:
             with open(partial, "w+b") as file:
-                manifest = _write_all(file, source, options, workers, progress or (lambda done, total: None))
+                manifest = _write_fitting(file, source, options, workers, progress or (lambda done, total: None))
             check_written(partial, manifest)
             manifest_path(dest).unlink(missing_ok=True)
         save_manifest(manifest, dest)
@@ -125,7 +127,7 @@ def spread(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 @dataclass
 class _Encoded:
-    """A picture as it will lie in the file, or why there is none."""
+    """A sample as it will lie in the file, or why there is none."""
 
     index: int
     mode: int = MODE_RAW
@@ -133,43 +135,79 @@ class _Encoded:
     width: int = 0
     data: bytes = b""
     checksum: int = 0
-    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(7))
-    """Number of pixels, and per channel the sum of values and of squares, [7]."""
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Number of pixels, and per channel the sum of values, then that of squares, [1 + 2 C]."""
+    largest: int = 0
+    """Count of events."""
     error: str | None = None
 
 
+class _TooLarge(Exception):  # noqa: N818 -- no error: a wider type is tried
+    """A count does not fit the type that frames are stored as."""
+
+
+def _write_fitting(
+    file: IO[bytes], source: AnySource, options: WriteOptions, workers: int, progress: Callable[[int, int], None]
+) -> Manifest:
+    """Frames in the narrowest type that holds every count."""
+    shape: tuple[int, int, int, int] | None = getattr(source, "shape", None)
+    if shape is None:
+        return _write_all(file, source, options, workers, progress, None)
+    for dtype in COUNT_TYPES:
+        layout = FrameLayout(shape, dtype)
+        if layout.nbytes > PAGE_SIZE:
+            raise Mistake(
+                f"{source.path}: frames of {list(shape)} counts do not fit a page; take fewer or smaller ones"
+            )
+        try:
+            return _write_all(file, source, options, workers, progress, layout)
+        except _TooLarge:
+            file.seek(0)
+            file.truncate()
+    raise Mistake(f"{source.path}: a pixel has more than {np.iinfo(dtype).max:,} events in a frame; take more frames")
+
+
 def _write_all(
-    file: IO[bytes], source: Source, options: WriteOptions, workers: int, progress: Callable[[int, int], None]
+    file: IO[bytes],
+    source: AnySource,
+    options: WriteOptions,
+    workers: int,
+    progress: Callable[[int, int], None],
+    layout: FrameLayout | None,
 ) -> Manifest:
     chosen = choose(source.labels, options)
-    samples = np.zeros(len(chosen), dtype=SAMPLE)
+    samples = np.zeros(len(chosen), dtype=SAMPLE if layout is None else FRAMES_SAMPLE)
     checksums = np.zeros(len(chosen), dtype="<u4")
     allocations = np.zeros(len(chosen), dtype=ALLOCATION)
-    sums, skipped, done = np.zeros(7), [], 0
-    end = data_start(len(chosen))
-    for step, picture in enumerate(_encode_all(source, options, chosen, workers)):
-        if picture.error is not None:
+    sums: NDArray[np.float64] | float = 0.0
+    skipped, done, end = [], 0, data_start(len(chosen), samples.dtype)
+    for step, encoded in enumerate(_encode_all(source, options, layout, chosen, workers)):
+        if encoded.error is not None:
             if options.on_error == "stop":
-                raise Mistake(picture.error)
-            skipped.append(picture.error)
+                raise Mistake(encoded.error)
+            skipped.append(encoded.error)
             continue
+        if layout is not None and encoded.largest > np.iinfo(layout.dtype).max:
+            raise _TooLarge
         page_left = PAGE_SIZE - end % PAGE_SIZE
-        start = end if len(picture.data) <= page_left else end + page_left
+        start = end if len(encoded.data) <= page_left else end + page_left
         file.seek(start)
-        file.write(picture.data)
-        end = start + len(picture.data)
-        samples[done]["image"] = (picture.mode, picture.width, picture.height, start)
-        samples[done]["label"] = source.labels[picture.index]
-        allocations[done] = (done, start, len(picture.data))
-        checksums[done] = picture.checksum
-        sums += picture.sums
+        file.write(encoded.data)
+        end = start + len(encoded.data)
+        place = (encoded.mode, encoded.width, encoded.height, start) if layout is None else start
+        samples[done] = (place, source.labels[encoded.index])
+        allocations[done] = (done, start, len(encoded.data))
+        checksums[done] = encoded.checksum
+        sums = sums + encoded.sums
         done += 1
         progress(step + 1, len(chosen))
     if done == 0:
-        raise Mistake(f"{source.path}: no picture in it could be read" if skipped else f"{source.path}: no pictures")
+        things = "picture" if layout is None else "recording"
+        raise Mistake(f"{source.path}: no {things} in it could be read" if skipped else f"{source.path}: no {things}s")
+    assert not isinstance(sums, float)
     table_ptr = -(-end // PAGE_SIZE) * PAGE_SIZE
     header = np.array((VERSION, 2, PAGE_SIZE, done, table_ptr), dtype=HEADER)
-    tables = Tables(header, _descriptors(), samples[:done], checksums[:done], allocations[:done])
+    tables = Tables(header, descriptors(layout), samples[:done], checksums[:done], allocations[:done])
     _write_tables(file, tables)
     return _describe(source, options, tables, sums, skipped)
 
@@ -184,21 +222,15 @@ def _write_tables(file: IO[bytes], tables: Tables) -> None:
     os.fsync(file.fileno())
 
 
-def _descriptors() -> NDArray[np.void]:
-    descriptors = np.zeros(2, dtype=DESCRIPTOR)
-    for row, (name, type_id) in zip(descriptors, (("image", TYPE_IMAGE), ("label", TYPE_INT)), strict=True):
-        row["type_id"] = type_id
-        row["name"][: len(name)] = np.frombuffer(name.encode(), dtype=np.uint8)
-    return descriptors
-
-
 def _describe(
-    source: Source, options: WriteOptions, tables: Tables, sums: NDArray[np.float64], skipped: list[str]
+    source: AnySource, options: WriteOptions, tables: Tables, sums: NDArray[np.float64], skipped: list[str]
 ) -> Manifest:
-    labels = tables.samples["label"]
-    classes = len(source.class_names) if source.class_names is not None else int(labels.max()) + 1
-    mean = sums[1:4] / sums[0]
-    std = np.sqrt(np.maximum(0, sums[4:] / sums[0] - mean**2))
+    labels, names = tables.samples["label"], source.class_names
+    classes = len(names) if names is not None else int(labels.max()) + 1
+    scale = 255 if tables.frames is None else 1
+    count, (mean, square) = sums[0], np.split(sums[1:] / sums[0], 2)
+    assert count > 0
+    std = np.sqrt(np.maximum(0, square - mean**2))
     return Manifest(
         source_kind=source.kind,
         source=str(source.path),
@@ -206,21 +238,28 @@ def _describe(
         options=options,
         num_samples=len(labels),
         num_classes=classes,
-        class_names=list(source.class_names) if source.class_names is not None else None,
+        class_names=list(names) if names is not None else None,
         class_histogram=np.bincount(labels, minlength=classes).tolist(),
-        mean=[round(float(m) / 255, 6) for m in mean],
-        std=[round(float(s) / 255, 6) for s in std],
+        mean=[round(float(m) / scale, 6) for m in mean],
+        std=[round(float(s) / scale, 6) for s in std],
         file_size=int(tables.header["alloc_table_ptr"]) + tables.allocations.nbytes,
         tables_sha256=tables.sha256(),
         skipped=skipped,
+        frames=None if tables.frames is None else {**getattr(source, "about", {}), **asdict(tables.frames)},
     )
 
 
-def _encode_all(source: Source, options: WriteOptions, chosen: NDArray[np.int64], workers: int) -> Iterator[_Encoded]:
+def _encode_all(
+    source: AnySource,
+    options: WriteOptions,
+    layout: FrameLayout | None,
+    chosen: NDArray[np.int64],
+    workers: int,
+) -> Iterator[_Encoded]:
     """The chosen pictures in order, encoded by `workers` processes (1: by this one) a bounded way ahead."""
     if workers == 1:
         for index in chosen:
-            yield _encode(source, options, int(index))
+            yield _encode(source, options, layout, int(index))
         return
     import cv2
 
@@ -229,7 +268,7 @@ def _encode_all(source: Source, options: WriteOptions, chosen: NDArray[np.int64]
     cv2.setNumThreads(1)
     chunks = (chosen[i : i + CHUNK].tolist() for i in range(0, len(chosen), CHUNK))
     waiting: deque[Future[list[_Encoded]]] = deque()
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(source, options))
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(source, options, layout))
     try:
         # The first task starts the processes: a Ctrl-C at that moment must not find them before _start_worker has run.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -250,28 +289,43 @@ def _encode_all(source: Source, options: WriteOptions, chosen: NDArray[np.int64]
         cv2.setNumThreads(threads)
 
 
-_worker: tuple[Source, WriteOptions]
+_worker: tuple[AnySource, WriteOptions, FrameLayout | None]
 
 
-def _start_worker(source: Source, options: WriteOptions) -> None:
+def _start_worker(source: AnySource, options: WriteOptions, layout: FrameLayout | None) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    _worker = source, options
+    _worker = source, options, layout
 
 
 def _encode_chunk(indices: list[int]) -> list[_Encoded]:
     return [_encode(*_worker, index) for index in indices]
 
 
-def _encode(source: Source, options: WriteOptions, index: int) -> _Encoded:
-    """Read and encode one picture, as FFCV's `RGBImageField` does."""
-    import cv2
-
+def _encode(source: AnySource, options: WriteOptions, layout: FrameLayout | None, index: int) -> _Encoded:
     try:
-        pixels = _shrink(source.read(index), options.max_side)
+        sample = source.read(index)
     except Mistake as error:
         return _Encoded(index, error=str(error))
+    if layout is not None:
+        return _encode_frames(sample, layout, index)
+    return _encode_picture(source, _shrink(sample, options.max_side), options, index)
+
+
+def _encode_frames(counts_TCHW: NDArray[Any], layout: FrameLayout, index: int) -> _Encoded:
+    """The bytes of one recording's frames, as FFCV's `NDArrayField` has them."""
+    assert counts_TCHW.shape == layout.shape
+    data = counts_TCHW.astype(layout.dtype).tobytes()
+    values = counts_TCHW.astype(np.float64).transpose(1, 0, 2, 3).reshape(layout.shape[1], -1)
+    sums = np.concatenate([[values.shape[1]], values.sum(1), np.square(values).sum(1)])
+    return _Encoded(index, data=data, checksum=zlib.crc32(data), sums=sums, largest=int(counts_TCHW.max(initial=0)))
+
+
+def _encode_picture(source: AnySource, pixels: Image, options: WriteOptions, index: int) -> _Encoded:
+    """One picture as FFCV's `RGBImageField` has it."""
+    import cv2
+
     # A hash of the index, not a running generator: the choice must not depend on the number of workers.
     share = 0.0 if source.lossless else options.jpeg_share
     jpeg = uniform_draws(0, 0, np.array([index]), 1)[0, 0] < share or pixels.nbytes > PAGE_SIZE

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,40 @@ class Source(Protocol):
 
     def signature(self) -> str:
         """A hash that changes when the source does; cheap, from names and sizes."""
+        ...
+
+
+class FrameSource(Protocol):
+    """Labelled frames of event recordings in a fixed order; the rest is as of a `Source`."""
+
+    kind: str
+    path: Path
+    lossless: bool
+    shape: tuple[int, int, int, int]
+    """Of a sample: frames, polarities, height, width."""
+    about: dict[str, Any]
+    """How recordings became frames, and which of them are here: what the manifest says of it."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """A name for each label, where the source has them."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The label of every recording, [N]."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call recording `index` in a message."""
+        ...
+
+    def read(self, index: int) -> NDArray[Any]:
+        """The counts of recording `index`, integers of `shape`. Raises `Mistake`, naming it, when it can't be read."""
+        ...
+
+    def signature(self) -> str:
+        """As of a `Source`; of the framing too."""
         ...
 
 
