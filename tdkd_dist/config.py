@@ -58,6 +58,13 @@ class DataConfig(Section):
     """`imagefolder` reads pictures one by one through torch's DataLoader, without ffcv."""
     image_size: int = limited(224, ">= 1", most=4096)
     """Side of the crop that student and teacher see, in pixels."""
+    frames: int | None = limited(None, ">= 1", most=1024)
+    """Frames of an event recording, one a timestep (a teacher sees their mean); betons alone. None: pictures."""
+    frame_choice: Literal["first", "regroup"] = "first"
+    """Where a beton holds more frames than `frames`: the first, or sums of groups of them."""
+    event_augment: bool = False
+    """In training, to all frames of a recording alike: one of a roll by up to 5 pixels, a rotation by up to 30 degrees,
+    and a square of 16 set to 0."""
     stage_to: str | None = None
     """Copy betons to this folder on each node's own disk first, such as `$SLURM_TMPDIR` or `/scratch`."""
     workers: int | None = limited(None, ">= 1", most=1024)
@@ -100,6 +107,23 @@ class DataConfig(Section):
             self.start_size is None or self.start_size <= self.image_size,
             f"data.start_size={self.start_size}: must be in 1 to data.image_size={self.image_size}",
         )
+        if self.frames is None:
+            found.require(not self.event_augment, "data.event_augment: is of frames; set data.frames")
+            return
+        found.require(self.format == "ffcv", f"data.frames={self.frames}: betons alone; set data.format=ffcv")
+        of_pictures = [
+            k for k in ("auto_augment", "color_jitter", "cutout", "erasing", "start_size") if getattr(self, k)
+        ]
+        of_pictures += ["crop"] if self.crop != "none" else []
+        for key in of_pictures:
+            off = "none" if key == "crop" else "null" if getattr(DataConfig, key, None) is None else "0"
+            found.require(
+                False, f"data.{key}={getattr(self, key)}: is of pictures; with data.frames set data.{key}={off}"
+            )
+
+    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation that the student's input is normalised with; counts of events are not."""
+        return (self.mean, self.std) if self.frames is None else ((0.0,) * channels, (1.0,) * channels)
 
 
 @dataclass
@@ -308,6 +332,15 @@ class Config:
         found.require(
             not self.needs_teacher or self.teacher.name is not None,
             f"loss.alpha={self.loss.alpha} needs a teacher: set teacher.name, or loss.alpha=0",
+        )
+        frames, T = self.data.frames, self.student.num_timesteps
+        found.require(
+            frames is None or T in (1, frames),
+            f"student.num_timesteps={T}: data.frames={frames} are one a timestep; make them equal",
+        )
+        found.require(
+            frames is None or self.eval_timesteps <= frames,
+            f"eval.num_timesteps={self.eval_timesteps}: there are only data.frames={frames}",
         )
         epochs, warmup = self.train.epochs, self.optim.warmup_epochs
         found.require(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdkd_dist.config import DataConfig, TeacherConfig
+from tdkd_dist.data.normalise import as_input
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.weights import load_weights, read_metadata
 
@@ -63,8 +64,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits `[B, K]` of images normalised for the student, `[B, C, H, W]`."""
-        x_BCHW = images_BCHW
+        """Logits `[B, K]` of images normalised for the student, `[B, C, H, W]`, or of the mean of `[B, T, C, H, W]`."""
+        x_BCHW = as_input(images_BCHW, None)
         if self.renormalise:
             x_BCHW = x_BCHW * self.scale_C[:, None, None] + self.shift_C[:, None, None]
         if self.input_size is not None and tuple(x_BCHW.shape[-2:]) != self.input_size:
@@ -85,7 +86,8 @@ def create_teacher(
     `teacher.name` or `teacher.checkpoint` for an unknown model, an unreadable file, or other classes than the data's.
     """
     assert config.name is not None
-    mean, std = data.mean, data.std
+    student_mean, student_std = data.normalisation(in_chans)
+    mean, std = student_mean, student_std
     if config.checkpoint is not None:
         model = _create(config.name, num_classes, in_chans)
         load_weights(model, config.checkpoint, "teacher.checkpoint")
@@ -106,7 +108,7 @@ def create_teacher(
         model = _create(config.name, num_classes, in_chans)
     known: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     size = known["input_size"][-2:] if known.get("fixed_input_size", False) else None
-    return Teacher(model, student_mean=data.mean, student_std=data.std, mean=mean, std=std, input_size=size)
+    return Teacher(model, student_mean=student_mean, student_std=student_std, mean=mean, std=std, input_size=size)
 
 
 def check_name(config: TeacherConfig) -> None:

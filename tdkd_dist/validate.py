@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdkd_dist.activity import ActivityMeter
 from tdkd_dist.anytime import ExitRule
-from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.data.normalise import Normalise, as_input
 from tdkd_dist.exits import ExitCounts
 from tdkd_dist.metrics import EXIT_RULES, TimestepCounts
 from tdkd_dist.students.base import SpikingNet
@@ -50,11 +50,9 @@ def validate(
     with torch.no_grad():
         for images_BCHW, labels_B in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                x_BCHW = normalise(images_BCHW)
-                if meter is not None and meter.wants_more:
-                    logits_TBK = meter.forward(x_BCHW)
-                else:
-                    logits_TBK = as_timesteps(model(x_BCHW))
+                x = as_input(normalise(images_BCHW), None if trained_timesteps is None else num_timesteps)
+                count = meter.forward if meter is not None and meter.wants_more else None
+                logits_TBK = as_timesteps(model(x)) if count is None else count(x)
             counts.update(logits_TBK, labels_B)
             if exits is not None:
                 exits.update(logits_TBK, labels_B)

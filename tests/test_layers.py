@@ -17,10 +17,10 @@ students.base students.outside
 students.resnet
 students.relu_resnet students.sew_resnet students.ms_resnet students.spiking_resnet
 students
-weights activity
+weights activity data.normalise
 teachers
-data.batch data.crops data.mixing data.normalise
-data.jitter data.sources.source data.beton.layout
+data.batch data.crops data.mixing
+data.frames data.jitter data.sources.source data.beton.layout
 data.sources.arrays data.sources.classes data.sources.folder data.sources.guarded
 data.sources.parquet data.sources.ground_truth
 data.sources.archives

@@ -12,6 +12,7 @@ from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.cluster import slurm
 from tdkd_dist.config import Config, flatten
 from tdkd_dist.data.beton.manifest import check_beton
+from tdkd_dist.data.checks import check_frames
 from tdkd_dist.data.loaders import count_classes, open_pictures, signature_of
 from tdkd_dist.data.sources.source import one_line
 from tdkd_dist.mistakes import Mistake, Mistakes, require
@@ -139,6 +140,7 @@ def _check_data(config: Config, split: str, found: Findings, dry_run: bool) -> i
         found.data[split] = signature_of(source)
     else:
         info = check_beton(path, key)
+        check_frames(config.data, key, info, config.student.in_chans)
         samples, classes = info.num_samples, max(info.num_classes or 0, info.largest_label + 1)
         found.data[split] = info.signature
     require(
@@ -154,6 +156,11 @@ def _check_student(config: Config, found: Findings, dry_run: bool) -> None:
     require(
         is_spiking(student) or (config.student.num_timesteps == 1 and config.eval_timesteps == 1),
         f"student.model={config.student.model} is no spiking network: {subclass}set student.num_timesteps=1",
+    )
+    frames = config.data.frames
+    require(
+        frames is None or not is_spiking(student) or config.student.num_timesteps == frames,
+        f"student.num_timesteps={config.student.num_timesteps}: data.frames={frames} are one a timestep; make it that",
     )
     require(
         is_spiking(student) or not config.train.random_timesteps,

@@ -13,6 +13,6 @@ class Batch(NamedTuple):
     """
 
     images_BCHW: Tensor
-    """uint8 `[B, 3, H, W]`, channels_last."""
+    """uint8 `[B, 3, H, W]`, channels_last; of event recordings float32 frames `[B, T, C, H, W]`."""
     labels_B: Tensor
     """int64 `[B]`."""

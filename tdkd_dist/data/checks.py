@@ -32,6 +32,27 @@ def check_classes(data: DataConfig, key: str, opened: BetonInfo | Source) -> Non
             raise Mistake(f"{where}: {_difference(other, names)}, unlike data.train's")
 
 
+def check_frames(data: DataConfig, key: str, info: BetonInfo, channels: int | None = None) -> None:
+    """A beton of pictures or of frames, as the configuration says, and enough of them; `Mistake` if not.
+
+    `channels`: `student.in_chans`, if that is to be checked as well.
+    """
+    where = f"{key}={info.path}"
+    if info.frames is None:
+        if data.frames is not None:
+            raise Mistake(f"{where}: holds pictures; set data.frames=null, or write one of event recordings")
+        return
+    stored, polarities, height, width = info.frames
+    if data.frames is None:
+        raise Mistake(f"{where}: holds {stored} frames a sample; set data.frames={stored}, or fewer")
+    if data.frames > stored:
+        raise Mistake(f"{where}: holds {stored} frames a sample, fewer than data.frames={data.frames}")
+    if channels not in (None, polarities):
+        raise Mistake(f"student.in_chans={channels}: the frames of {where} have {polarities} polarities")
+    if height != width:
+        logger.info("%s: frames of %d x %d pixels are stretched to a square", where, height, width)
+
+
 def say_where_it_is_cached(key: str, path: Path) -> None:
     """Log whether the page cache can hold the file; all ranks of a node share it.
 

@@ -8,6 +8,7 @@ ranks see exactly the micro-batches that one rank with twice the accumulation se
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +19,9 @@ from tdkd_dist.config import DataConfig
 from tdkd_dist.data.batch import Batch
 from tdkd_dist.data.beton.manifest import check_beton
 from tdkd_dist.data.beton.staging import staged
-from tdkd_dist.data.checks import check_classes, say_where_it_is_cached
+from tdkd_dist.data.checks import check_classes, check_frames, say_where_it_is_cached
 from tdkd_dist.data.crops import CropRule, Ints
+from tdkd_dist.data.frames import FrameRule
 from tdkd_dist.data.jitter import ColorJitter
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.sources.source import Source
@@ -111,6 +113,28 @@ class ValLoader:
         self._reader.close()
 
 
+class FrameReader:
+    """Frames as the network sees them, of another reader's as they are stored."""
+
+    def __init__(self, stored: Reader, rule: FrameRule) -> None:
+        self._stored, self._rule = stored, rule
+
+    def batches(self, order: Ints, epoch: int) -> Generator[Batch]:
+        """The samples `order` in batches of float32 `[B, T, C, H, W]`."""
+        position, batches = 0, self._stored.batches(order, epoch)
+        try:
+            for frames_BSCHW, labels_B in batches:
+                indices_B = order[position : position + len(labels_B)]
+                position += len(labels_B)
+                yield Batch(self._rule(frames_BSCHW, epoch, indices_B), labels_B)
+        finally:
+            batches.close()
+
+    def close(self) -> None:
+        """Free threads and processes."""
+        self._stored.close()
+
+
 def _jittered(batches: Generator[Batch], jitter: ColorJitter, order: Ints, epoch: int) -> Generator[Batch]:
     position = 0
     try:
@@ -152,7 +176,7 @@ def make_train_loader(
         raise Mistake(
             f"train.batch_size={batch_size} does not divide over {world_size} ranks in micro-batches of {micro_batch}"
         )
-    rule = train_rule(data, seed)
+    rule = train_rule(data, seed) if data.frames is None else frame_rule(data, seed)
     reader, num_samples, num_classes, _ = _open("train", data, rule, micro_batch, device, workers, beat)
     if num_samples < batch_size:
         reader.close()
@@ -186,6 +210,13 @@ def train_rule(data: DataConfig, seed: int) -> CropRule:
     )
 
 
+def frame_rule(data: DataConfig, seed: int | None) -> FrameRule:
+    """What becomes of stored frames; without a seed, no augmentation."""
+    assert data.frames is not None
+    rule = FrameRule(data.frames, data.frame_choice, data.image_size)
+    return rule if seed is None else replace(rule, flip=data.flip, events=data.event_augment, seed=seed)
+
+
 def make_val_loader(
     data: DataConfig,
     *,
@@ -197,7 +228,8 @@ def make_val_loader(
     beat: Callable[[], None] = lambda: None,
 ) -> ValLoader:
     """Open `data.val`; `batch_size` is one rank's. The rest is as for `make_train_loader`."""
-    rule = CropRule(data.image_size, "center", crop_pct=data.crop_pct)
+    crop = CropRule(data.image_size, "center", crop_pct=data.crop_pct)
+    rule = crop if data.frames is None else frame_rule(data, None)
     reader, num_samples, num_classes, names = _open("val", data, rule, batch_size, device, workers, beat)
     return ValLoader(reader, num_samples, num_classes, rank=rank, world_size=world_size, class_names=names)
 
@@ -205,7 +237,7 @@ def make_val_loader(
 def _open(
     split: str,
     data: DataConfig,
-    rule: CropRule,
+    rule: CropRule | FrameRule,
     batch_size: int,
     device: torch.device,
     workers: int,
@@ -216,6 +248,7 @@ def _open(
     if path is None:
         raise Mistake(f"{key} is not set: give a {'beton' if data.format == 'ffcv' else 'folder'}")
     if data.format == "imagefolder":
+        assert isinstance(rule, CropRule)
         from tdkd_dist.data.folder_reader import FolderReader
 
         source = open_pictures(path, key)
@@ -231,17 +264,16 @@ def _open(
         return reader, len(source.labels), count_classes(source), source.class_names
     info = check_beton(path, key)
     check_classes(data, key, info)
+    check_frames(data, key, info)
     here = staged(info.path, data.stage_to, beat) if data.stage_to else info.path
     say_where_it_is_cached(key, here)
     try:
         from tdkd_dist.data.ffcv_reader import FfcvReader
 
-        return (
-            FfcvReader(here, batch_size=batch_size, rule=rule, workers=workers, device=device),
-            info.num_samples,
-            info.num_classes,
-            info.class_names,
-        )
+        crop = rule if isinstance(rule, CropRule) else None
+        opened: Reader = FfcvReader(here, batch_size=batch_size, rule=crop, workers=workers, device=device)
+        opened = opened if isinstance(rule, CropRule) else FrameReader(opened, rule)
+        return opened, info.num_samples, info.num_classes, info.class_names
     except ImportError as error:
         raise Mistake(f"data.format=ffcv: {error}; install ffcv, or say data.format=imagefolder") from error
 

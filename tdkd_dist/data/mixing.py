@@ -25,7 +25,8 @@ class Mixer:
         # timm draws from numpy's global generator.
         np.random.seed([self._seed, step, self._rank, micro_batch])
         try:
-            mixed_BCHW, soft_BK = self._mixup(images_BCHW, labels_B)
+            # All frames of a sample are mixed alike.
+            mixed, soft_BK = self._mixup(images_BCHW.flatten(1, -3), labels_B)
         finally:
             np.random.set_state(state)
-        return mixed_BCHW, soft_BK
+        return mixed.view_as(images_BCHW), soft_BK

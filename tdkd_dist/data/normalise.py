@@ -1,4 +1,7 @@
-"""From the loaders' bytes to a network's input, on the device."""
+"""From the loaders' bytes to a network's input, on the device.
+
+Shapes: T frames, B batch, C channels, H and W pixels.
+"""
 
 from collections.abc import Sequence
 
@@ -19,5 +22,17 @@ class Normalise(nn.Module):
         self.register_buffer("shift_C", (-torch.tensor(mean, dtype=torch.float64) / std_C).float())
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """The normalised images, in the memory format they came in."""
+        """The normalised images, in the memory format they came in; frames, which are float, as they are."""
+        if images_BCHW.is_floating_point():
+            return images_BCHW
         return images_BCHW.float() * self.scale_C[:, None, None] + self.shift_C[:, None, None]
+
+
+def as_input(x: Tensor, num_timesteps: int | None) -> Tensor:
+    """What a network is given of normalised images `[B, C, H, W]`, or of frames `[B, T, C, H, W]`.
+
+    A spiking one sees the first `num_timesteps` frames, `[T, B, C, H, W]`; an ordinary one (None) their mean.
+    """
+    if x.ndim == 4:
+        return x
+    return x.mean(1) if num_timesteps is None else x[:, :num_timesteps].transpose(0, 1).contiguous()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tdkd_dist import distributed
 from tdkd_dist.data.loaders import make_val_loader
-from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.data.normalise import Normalise, as_input
 from tdkd_dist.losses import ensembles
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.report.runs import Floats, RunData
@@ -59,7 +59,8 @@ def running_features(run: RunData, num_images: int) -> tuple[torch.Tensor, Label
     pooled, labels = [], []
     with torch.no_grad():
         for images_BCHW, labels_B in loader:
-            pooled.append(model.forward_features(normalise(images_BCHW)).mean((3, 4)))
+            x = as_input(normalise(images_BCHW), model.num_timesteps)
+            pooled.append(model.forward_features(x).mean((3, 4)))
             labels.append(labels_B.clone())
     loader.close()
     return ensembles(torch.cat(pooled, dim=1)), torch.cat(labels).numpy()

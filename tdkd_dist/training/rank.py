@@ -108,15 +108,17 @@ class Run:
         if self.place.rank != 0:
             return
         config = self.config
+        mean, std = config.data.normalisation(config.student.in_chans)
         try:
             save_student(
                 path,
                 model.state_dict(),
                 config.student,
                 input_size=(config.student.in_chans, config.data.image_size, config.data.image_size),
-                mean=config.data.mean,
-                std=config.data.std,
+                mean=mean,
+                std=std,
                 crop_pct=config.data.crop_pct,
+                frames=config.data.frames,
                 label_names=self.validation.class_names,
                 extra={"run": config.run.name, "global_step": str(progress.global_step)},
             )

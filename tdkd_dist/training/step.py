@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from tdkd_dist.config import Config
+from tdkd_dist.data.normalise import as_input
 from tdkd_dist.losses import LossTerms, TemporalDistillationLoss
 from tdkd_dist.students import choose_recomputed, create_student
 from tdkd_dist.teachers import Teacher, create_teacher
@@ -50,13 +51,14 @@ class TrainStep:
     ) -> tuple[LossTerms, Tensor]:
         """Add a micro-batch's gradients; its loss terms and the student's logits `[T, B, K]`.
 
-        `x_BCHW` is normalised for the student, `labels` are classes `[B]` or probabilities `[B, K]`. `watch` is given
-        the loss before the backward pass.
+        `x_BCHW` is normalised for the student, or frames `[B, T, C, H, W]`; `labels` are classes `[B]` or probabilities
+        `[B, K]`. `watch` is given the loss before the backward pass.
         """
         with record_function("teacher"), self._autocast:
             teacher_logits_BK = self.teacher(x_BCHW) if self.teacher is not None else None
         with record_function("student"):
-            logits_TBK = as_timesteps(self.engine.forward(x_BCHW))
+            T = getattr(self.engine.student, "num_timesteps", None)
+            logits_TBK = as_timesteps(self.engine.forward(as_input(x_BCHW, T)))
         with record_function("loss"):
             terms: LossTerms = self.loss(logits_TBK, teacher_logits_BK, labels)
         watch(terms.total)
