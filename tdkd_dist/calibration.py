@@ -13,7 +13,7 @@ from torch import Tensor
 from tdkd_dist.anytime import AnytimeStudent, ExitRule, Kind
 from tdkd_dist.config import DataConfig
 from tdkd_dist.data.beton.manifest import check_beton
-from tdkd_dist.data.loaders import make_val_loader, open_pictures, signature_of
+from tdkd_dist.data.loaders import ValLoader, make_val_loader, open_pictures, signature_of
 from tdkd_dist.losses import ensembles
 from tdkd_dist.metrics import label_rank
 from tdkd_dist.mistakes import Mistake, require
@@ -138,18 +138,7 @@ def read_logits(
 
     `heldout` is a beton or anything else that pictures are read from. Raises `Mistake`, naming it.
     """
-    is_beton = heldout.is_file() and heldout.suffix in (".beton", ".ffcv")
-    data = DataConfig(
-        val=str(heldout),
-        format="ffcv" if is_beton else "imagefolder",
-        image_size=student.image_size,
-        crop_pct=student.crop_pct,
-    )
-    if is_beton:
-        signature = check_beton(heldout, "HELDOUT").signature
-    else:
-        signature = signature_of(open_pictures(str(heldout), f"data.{split or 'val'}"))
-    loader = make_val_loader(data, batch_size=batch_size, rank=0, world_size=1, device=student.device, workers=workers)
+    loader, signature = open_labelled(student, heldout, split=split, workers=workers, batch_size=batch_size)
     logits, labels = [], []
     try:
         for images_BCHW, labels_B in loader:
@@ -158,3 +147,31 @@ def read_logits(
     finally:
         loader.close()
     return torch.cat(logits, dim=1), torch.cat(labels), signature
+
+
+def open_labelled(
+    student: AnytimeStudent,
+    path: Path,
+    *,
+    name: str = "HELDOUT",
+    split: str | None = None,
+    workers: int = 2,
+    batch_size: int = 128,
+) -> tuple[ValLoader, str]:
+    """Pictures cropped as the student wants them, with labels; and the data's signature.
+
+    As for `read_logits`; `name` is what the user knows `path` by.
+    """
+    is_beton = path.is_file() and path.suffix in (".beton", ".ffcv")
+    data = DataConfig(
+        val=str(path),
+        format="ffcv" if is_beton else "imagefolder",
+        image_size=student.image_size,
+        crop_pct=student.crop_pct,
+    )
+    if is_beton:
+        signature = check_beton(path, name).signature
+    else:
+        signature = signature_of(open_pictures(str(path), f"data.{split or 'val'}"))
+    device = student.device
+    return make_val_loader(data, batch_size=batch_size, rank=0, world_size=1, device=device, workers=workers), signature
