@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> None:
     rule = ExitRule.load(options.exit)
     student = AnytimeStudent.load(options.student, options.exit, device=options.device)
     images_BCHW, labels_B = read_images(student, rule, options)
-    torch.set_num_threads(options.threads)  # after FFCV, which makes it 1
+    torch.set_num_threads(options.threads)
     T, model = student.num_timesteps, student.model
     ways = contestants(model, rule, T, student.device, compiled=options.compile)
     results = {way.title: describe(way, *answer_all(way, images_BCHW, options.batch), labels_B) for way in ways}
