@@ -194,14 +194,21 @@ class Stepper:
         assert self._sum is not None
         self._count = len(rows)
         rows = self._padded(rows) if self._buckets else rows
-        self._state = {name: value[rows] for name, value in self._state.items()}
+        # Not the images: a step that is given a state doesn't look at them.
+        self._state = {name: select(value, rows) for name, value in self._state.items()}
         self._sum = self._sum[rows]
-        self._x = self._x[rows]
 
     def _padded(self, rows: Tensor) -> Tensor:
         """`rows`, the first again and again up to the next power of two: a compiled step knows few batch sizes."""
         short = (1 << (len(rows) - 1).bit_length()) - len(rows)
         return torch.cat([rows, rows[:1].expand(short)])
+
+
+def select(x: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]`, laid out as x is: whole images are copied, which takes channels_last a third of the time."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return x.index_select(0, rows)
 
 
 @torch.no_grad()

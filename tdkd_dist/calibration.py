@@ -131,33 +131,14 @@ def _nothing(max_drop: float | None, mean_timesteps: float | None, samples: int)
     )
 
 
-def open_heldout(
-    student: AnytimeStudent, heldout: Path, *, split: str | None = None, workers: int = 2, batch_size: int = 128
-) -> tuple[ValLoader, str]:
-    """Batches of labelled pictures as the student sees them, and the data's signature.
-
-    `heldout` is a beton or anything else that pictures are read from. Raises `Mistake`, naming it.
-    """
-    is_beton = heldout.is_file() and heldout.suffix in (".beton", ".ffcv")
-    data = DataConfig(
-        val=str(heldout),
-        format="ffcv" if is_beton else "imagefolder",
-        image_size=student.image_size,
-        crop_pct=student.crop_pct,
-    )
-    if is_beton:
-        signature = check_beton(heldout, "HELDOUT").signature
-    else:
-        signature = signature_of(open_pictures(str(heldout), f"data.{split or 'val'}"))
-    loader = make_val_loader(data, batch_size=batch_size, rank=0, world_size=1, device=student.device, workers=workers)
-    return loader, signature
-
-
 def read_logits(
     student: AnytimeStudent, heldout: Path, *, split: str | None = None, workers: int = 2, batch_size: int = 128
 ) -> tuple[Tensor, Tensor, str]:
-    """The logits `[T, B, K]` of held-out pictures, their labels `[B]`, and the data's signature; see `open_heldout`."""
-    loader, signature = open_heldout(student, heldout, split=split, workers=workers, batch_size=batch_size)
+    """The logits `[T, B, K]` of held-out pictures, their labels `[B]`, and the data's signature.
+
+    `heldout` is a beton or anything else that pictures are read from. Raises `Mistake`, naming it.
+    """
+    loader, signature = open_labelled(student, heldout, split=split, workers=workers, batch_size=batch_size)
     logits, labels = [], []
     try:
         for images_BCHW, labels_B in loader:
@@ -166,3 +147,31 @@ def read_logits(
     finally:
         loader.close()
     return torch.cat(logits, dim=1), torch.cat(labels), signature
+
+
+def open_labelled(
+    student: AnytimeStudent,
+    path: Path,
+    *,
+    name: str = "HELDOUT",
+    split: str | None = None,
+    workers: int = 2,
+    batch_size: int = 128,
+) -> tuple[ValLoader, str]:
+    """Pictures cropped as the student wants them, with labels; and the data's signature.
+
+    As for `read_logits`; `name` is what the user knows `path` by.
+    """
+    is_beton = path.is_file() and path.suffix in (".beton", ".ffcv")
+    data = DataConfig(
+        val=str(path),
+        format="ffcv" if is_beton else "imagefolder",
+        image_size=student.image_size,
+        crop_pct=student.crop_pct,
+    )
+    if is_beton:
+        signature = check_beton(path, name).signature
+    else:
+        signature = signature_of(open_pictures(str(path), f"data.{split or 'val'}"))
+    device = student.device
+    return make_val_loader(data, batch_size=batch_size, rank=0, world_size=1, device=device, workers=workers), signature

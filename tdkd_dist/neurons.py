@@ -3,9 +3,9 @@
 Shapes: T timesteps, B samples, ... anything (usually C, H, W). A multi-step layer reads and returns `[T*B, ...]`,
 T-major. `m` is the membrane measured from its reset value (v - v_r), so it starts at 0 whatever v_r is.
 
-The arithmetic of a timestep is `_charge`, `_fire` and `_reset`. Two things run it: `SpikingNeuron.step` (plain
-operations; unrolled over T it is what torch.compile fuses into one kernel) and `_FoldedNeuron` (eager mode: in place,
-keeping only the layer's input for the backward pass, which computes the membranes again).
+The arithmetic of a timestep is `_charge`, `_fire` and `_reset`. Three things run it: `SpikingNeuron.step` (plain
+operations; unrolled over T it is what torch.compile fuses into one kernel), `_FoldedNeuron` (eager mode: in place,
+keeping only the layer's input for the backward pass, which computes the membranes again) and `_step_without_gradient`.
 """
 
 import math
@@ -93,6 +93,13 @@ def _reset(h: Tensor, s: Tensor, drop: float | None, out: Tensor | None = None) 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _step_without_gradient(x: Tensor, m: Tensor | None, decay: float | Tensor, k: _Dynamics) -> tuple[Tensor, Tensor]:
+    """Spikes and membrane of one timestep in eager mode, written once each; x and m are left as they are."""
+    h = x.to(_state_dtype(x)) if m is None else _charge(x, m, decay)
+    s = _fire(h, k.gap, out=torch.empty_like(x))
+    return s, _reset(h, s, k.drop, out=None if h is x else h)
 
 
 class _Spike(torch.autograd.Function):
@@ -270,6 +277,8 @@ class SpikingNeuron(nn.Module):
 
     def _step(self, x: Tensor, m: Tensor | None, decay: float | Tensor) -> tuple[Tensor, Tensor]:
         k = self._dynamics
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return _step_without_gradient(x, m, decay, k)
         if m is None and isinstance(decay, Tensor) and self.num_timesteps == 1:
             m = torch.zeros_like(x, dtype=_state_dtype(x))  # so that the decay gets its gradient, 0
         h = _start(x) if m is None else _charge(x, m, decay)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from networks import T, images, student
 from PIL import Image
 
-from tdkd_dist.anytime import VERSIONS, AnytimeStudent, Decision, ExitRule, Stepper, decide, stream
+from tdkd_dist.anytime import VERSIONS, AnytimeStudent, Decision, ExitRule, Stepper, decide, select, stream
 from tdkd_dist.config import DataConfig, StudentConfig
 from tdkd_dist.data.loaders import make_val_loader
 from tdkd_dist.losses import ensembles
@@ -96,6 +96,28 @@ def test_a_step_costs_what_its_survivors_cost(net, x, logits):
     left = [int((found.timesteps >= t).sum()) for t in range(1, int(found.timesteps.max()) + 1)]
     assert seen == left
     assert left[0] == N > left[1]
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 4, 1, 1), (6, 1, 3, 3), (6, 4)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_who_goes_on_keeps_the_layout(shape, layout):
+    x = torch.arange(math.prod(shape)).view(shape)
+    x = x.contiguous(memory_format=layout) if x.ndim == 4 else x
+    for rows in ([0], [1, 3, 4], [5, 5, 2], []):
+        found = select(x, torch.tensor(rows, dtype=torch.int64))
+        assert torch.equal(found, x[rows])
+        assert x.ndim != 4 or found.is_contiguous(memory_format=layout)
+
+
+def test_survivors_stay_in_channels_last(net, x):
+    stepper = Stepper(net)
+    stepper.start(x.contiguous(memory_format=torch.channels_last))
+    stepper.step()
+    stepper.keep(torch.tensor([1, 4]))
+    stepper.step()
+    maps = [value for value in stepper._state.values() if value.ndim == 4]
+    assert maps
+    assert all(len(m) == 2 and m.is_contiguous(memory_format=torch.channels_last) for m in maps)
 
 
 def test_the_stream_is_the_means_of_the_whole_pass(net, x, logits):

@@ -36,10 +36,17 @@ def test_the_counts_are_those_of_the_whole_set(rule):
     assert row["exit_mean_timesteps"] == pytest.approx(exits.double().mean().item())
     assert row["exit_share"] == pytest.approx([100 * (exits == t).double().mean().item() for t in range(1, T + 1)])
     assert row["exit_energy_mj"] == pytest.approx(np.array([1.0, 2.0, 3.0, 5.0])[exits.numpy() - 1].mean())
-    kind = "confidence" if rule.kind == "patience" else rule.kind
-    score = ExitRule(kind, 0).score(means).numpy()
-    binned = np.floor((1 - score if kind == "entropy" else score) * BINS)
-    assert row["exit_auroc"] == pytest.approx(roc_auc_score(right, binned), abs=2e-3)
+    p = np.sort(means.double().softmax(-1).numpy())
+    sureness = {
+        "confidence": p[:, -1],
+        "entropy": 1 + (p * np.log(p)).sum(1) / np.log(K),
+        "margin": p[:, -1] - p[:, -2],
+    }
+    for kind, score in sureness.items():
+        assert row[f"exit_auroc_{kind}"] == pytest.approx(roc_auc_score(right, np.floor(score * BINS)), abs=1e-4)
+        pairs = np.sign(score[right][:, None] - score[~right])
+        assert row[f"exit_auroc_{kind}"] == pytest.approx(((1 + pairs) / 2).mean(), abs=2e-3), "but for the bins"
+    assert row["exit_auroc"] == row["exit_auroc_confidence" if rule.kind == "patience" else f"exit_auroc_{rule.kind}"]
 
 
 @settings(max_examples=50)
@@ -57,7 +64,7 @@ def test_the_ranking_is_scikit_learns(scores, seed):
 def test_without_mistakes_there_is_nothing_to_rank():
     counts = ExitCounts(ExitRule(), 2, CPU)
     counts.update(torch.eye(3).expand(2, 3, 3) * 9, torch.arange(3))
-    assert "exit_auroc" not in counts.summary()
+    assert not [key for key in counts.summary() if key.startswith("exit_auroc")]
 
 
 def test_a_rule_chosen_on_what_is_reported_is_refused(tmp_path):

@@ -115,6 +115,17 @@ def test_torchs_thread_count_is_the_callers(folder: Path) -> None:
         torch.set_num_threads(before)
 
 
+def test_importing_ffcv_leaves_torchs_thread_count_alone() -> None:
+    pytest.importorskip("ffcv")
+    code = """if True:
+        import torch
+        from tdkd_dist.data.ffcv_reader import _import_ffcv
+        torch.set_num_threads(3)
+        _import_ffcv()
+        print(torch.get_num_threads())"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["3"]
+
+
 def test_users_mistakes_name_the_key(folder: Path, tmp_path: Path) -> None:
     kwargs = {"rank": 0, "world_size": 1, "seed": 0, "device": CPU, "workers": 1}
 

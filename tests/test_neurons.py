@@ -115,6 +115,29 @@ def test_many_steps_are_single_steps_bit_for_bit(kind, v_reset, dtype):
     assert net(x).dtype == dtype
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("v_reset", RESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_step_without_gradients_is_the_same_and_leaves_what_it_reads(kind, v_reset, dtype):
+    neuron = SpikingNeuron(NeuronConfig(kind=kind, decay=0.7, v_reset=v_reset), T)
+    x = (torch.randn(T, B, 4, 3, 3) + 0.5).to(dtype)
+    with torch.no_grad():
+        inputs, state, wanted = [c.contiguous(memory_format=torch.channels_last) for c in x], None, None
+        for current in inputs:
+            kept = None if state is None else state.clone()
+            spikes, after = neuron.step(current, state)
+            assert state is None or torch.equal(state, kept)
+            with torch.enable_grad():
+                want, wanted = neuron.step(current, wanted)
+            assert spikes.dtype == want.dtype
+            assert spikes.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(spikes, want)
+            assert after.dtype == wanted.dtype
+            assert torch.equal(after, wanted)
+            state = after
+        assert torch.equal(torch.stack(inputs), x)
+
+
 @pytest.mark.parametrize("detach_reset", [False, True])
 @pytest.mark.parametrize("v_reset", RESETS)
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,12 +11,14 @@ import pytest
 import torch
 from scipy import stats
 
+from tdkd_dist.anytime import ExitRule
 from tdkd_dist.curves import flatten_curves
+from tdkd_dist.exits import ExitCounts
 from tdkd_dist.files import write_json
 from tdkd_dist.metrics import TimestepCounts
 from tdkd_dist.mistakes import printable
 from tdkd_dist.recipe import load_config
-from tdkd_dist.report import tables
+from tdkd_dist.report import tables, wandb_report
 from tdkd_dist.report.page import write_page
 from tdkd_dist.report.runs import check_comparable, group_runs, load_runs, paired_differences
 from tdkd_dist.run.folder import RunFolder
@@ -25,7 +27,14 @@ EPOCHS = 3
 
 
 def make_run(
-    root: Path, name: str, *overrides: str, seed: int = 0, quality: float = 1.0, finished: bool = True
+    root: Path,
+    name: str,
+    *overrides: str,
+    seed: int = 0,
+    quality: float = 1.0,
+    finished: bool = True,
+    exit: ExitRule | None = None,
+    energy: bool = True,
 ) -> Path:
     """A run folder as training leaves it, except that its logits are drawn at random."""
     path = root / f"{name}-seed{seed}"
@@ -43,8 +52,13 @@ def make_run(
     for epoch in range(1, EPOCHS + 1 if finished else 2):
         noise = torch.randn(T, 400, 10, generator=generator)
         counts = TimestepCounts()
-        counts.update(noise + quality * epoch * torch.nn.functional.one_hot(labels, 10), labels)
+        logits = noise + quality * epoch * torch.nn.functional.one_hot(labels, 10)
+        counts.update(logits, labels)
         row = counts.summary(T, torch.device("cpu"))
+        if exit is not None:
+            exits = ExitCounts(exit, T, torch.device("cpu"))
+            exits.update(logits, labels)
+            row |= exits.summary([float(t) for t in range(1, T + 1)] if energy else None)
         write_json(folder.validation_file, row)
         at = {"epoch": epoch, "global_step": epoch * 10}
         rows.append(at | {f"train/loss_t{t}": 2.0 / epoch for t in range(1, T + 1)} | {"train/step_ms": 50.0})
@@ -184,6 +198,51 @@ def test_the_page_is_whole_and_needs_no_network(folders, tmp_path):
     assert "alone (trained at T = 2)" in text
     assert "±" in text
     assert r"\toprule" in text
+
+
+def test_what_a_rule_is_worth_is_shown_where_there_is_one(tmp_path, capsys):
+    rule = ExitRule("margin", 0.5)
+    folders = [make_run(tmp_path, "a", seed=seed, exit=rule, quality=0.4) for seed in (0, 1)]
+    folders += [make_run(tmp_path, "a", seed=2), make_run(tmp_path, "b", "loss.beta=0")]
+    page = tmp_path / "page.html"
+    assert compare_runs.main([*map(str, folders), "--html", str(page), "--tsne", "0"]) == 0
+    head, *rows = tables.exit_table(group_runs(load_runs(folders)[0]))
+    assert head == [
+        "objective", "seeds", "top-1, %", "mean t", *(f"stop at {t}, %" for t in (1, 2, 3, 4)), "mJ",
+        "AUROC, confidence", "AUROC, entropy", "AUROC, margin", "top-1 at T, %",
+    ]  # fmt: skip
+    ((name, seeds, top1, mean_t, *_, mj, confidence, _, margin, at_T),) = rows
+    found = [RunFolder(folder).validation_file for folder in folders[:2]]
+    found = [json.loads(path.read_text()) for path in found]
+    assert (name, seeds) == ("a", "2")
+    assert top1 == tables.plus_minus([f["exit_top1"] for f in found])
+    assert mean_t == tables.plus_minus([f["exit_mean_timesteps"] for f in found])
+    assert at_T == tables.plus_minus([f["top1"][-1] for f in found])
+    assert float(mj) == pytest.approx(np.mean([f["exit_mean_timesteps"] for f in found]), rel=1e-3)
+    assert float(confidence) == pytest.approx(np.mean([f["exit_auroc_confidence"] for f in found]), rel=1e-3)
+    assert float(margin) == pytest.approx(np.mean([f["exit_auroc"] for f in found]), rel=1e-3)
+    assert "Stopping by a rule" in page.read_text()
+    assert f"| a | 2 | {top1} | {mean_t} |" in capsys.readouterr().out
+    spec = json.dumps(
+        wandb_report.build(group_runs(load_runs(folders)[0]), [], "lab", "spikes")._to_model().model_dump()
+    )
+    assert "val/exit_top1" in spec
+    assert "Stopping by a rule" in spec
+
+
+def test_columns_of_a_rule_are_those_that_some_run_has(tmp_path):
+    one = make_run(tmp_path, "a", exit=ExitRule("patience", 1), energy=False)
+    short = make_run(tmp_path, "b", "student.num_timesteps=2", exit=ExitRule("confidence", 0.9))
+    (head, *rows) = tables.exit_table(group_runs(load_runs([one])[0]))
+    assert "mJ" not in head
+    head, *rows = tables.exit_table(group_runs(load_runs([one, short])[0]))
+    a, b = (dict(zip(head, row, strict=True)) for row in rows)
+    assert (a["mJ"], b["stop at 3, %"], b["stop at 4, %"]) == ("", "", "")
+    assert a["stop at 4, %"]
+    assert b["mJ"]
+    plain = group_runs(load_runs([make_run(tmp_path / "plain", "c")])[0])
+    assert tables.exit_table(plain) is None
+    assert "exit_top1" not in json.dumps(wandb_report.build(plain, [], "lab", "spikes")._to_model().model_dump())
 
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "$\\frac{$", "\x1b[2J\ud800", "a & b"])

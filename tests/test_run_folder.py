@@ -229,6 +229,24 @@ def test_the_table_has_a_row_a_timestep():
     assert table.splitlines()[-1] == "mean over timesteps: 15.00 % of 203 images"
 
 
+def test_the_table_says_what_the_rule_is_worth():
+    found = {name: [10.0, 20.0] for name in ("top1", "top5", "step_top1", "loss")} | {"top1_mean": 15.0, "samples": 203}
+    rule = {"exit_top1": 19.5, "exit_mean_timesteps": 1.25, "exit_share": [75.0, 25.0]}
+    more = {"exit_auroc_margin": 0.75, "exit_auroc": 0.75, "exit_energy_mj": 0.012344}
+    plain, told, whole = (format_table(f).splitlines() for f in (found, found | rule, found | rule | more))
+    assert told[: len(plain)] == whole[: len(plain)] == plain
+    lines = [
+        "stopping by the rule: 19.50 %, 1.25 timesteps on average",
+        "who stops when: 75.0 % at 1, 25.0 % at 2",
+    ]
+    assert told[len(plain) :] == lines
+    assert whole[len(plain) :] == [
+        *lines,
+        "right answers told from wrong ones (AUROC): 0.750 by margin",
+        "energy: 0.01234 mJ an image",
+    ]
+
+
 def test_a_full_disk_takes_a_line_whole_or_not_at_all(small_disk):
     path, ballast = small_disk / "metrics.jsonl", small_disk / "ballast"
     assert append_text(path, "first\n")

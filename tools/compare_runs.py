@@ -51,6 +51,9 @@ def compare(args: argparse.Namespace) -> None:
     paired = tables.paired_table(groups) if len(groups) > 1 else []
     if len(paired) > 1:
         say("\n" + tables.markdown(paired))
+    exits = tables.exit_table(groups)
+    if exits is not None:
+        say("\nwhen stopping by the rule of eval.exit\n\n" + tables.markdown(exits))
     for note in notes:
         say(note)
     notes += [f"left out: {line}" for line in broken.lines]

@@ -117,13 +117,14 @@ class FfcvReader:
 
 def _import_ffcv() -> None:
     """Import FFCV without the 6 s that numba takes to compile dictionaries of its own, of which FFCV fills one with two
-    numbers and reads them in Python.
+    numbers and reads them in Python. Nor does torch keep to one thread afterwards, as FFCV wants it.
     """
     import numba.typed
 
     own, numba.typed.Dict = numba.typed.Dict, dict
     try:
-        import ffcv.fields.rgb_image  # noqa: F401
+        with _keep_torch_threads():
+            import ffcv.fields.rgb_image  # noqa: F401
     finally:
         numba.typed.Dict = own
 

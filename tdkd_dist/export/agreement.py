@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tdkd_dist.anytime import AnytimeStudent, read_picture
-from tdkd_dist.calibration import open_heldout
+from tdkd_dist.calibration import open_labelled
 from tdkd_dist.data.crops import CropRule
 from tdkd_dist.data.folder_reader import follow
 from tdkd_dist.data.sources.source import decode_image
@@ -96,7 +96,7 @@ def real_pictures(student: AnytimeStudent, path: Path, given: list[Path], count:
         return torch.stack([pictures[k % len(pictures)] for k in range(count)]), f"{len(given)} files"
     source = given[0] if given else _validation_set(path)
     if source is not None:
-        loader, _ = open_heldout(student, source, batch_size=count, workers=1)
+        loader, _ = open_labelled(student, source, batch_size=count, workers=1)
         try:
             return next(iter(loader))[0][:count].clone(), str(source)
         finally:

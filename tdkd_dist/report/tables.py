@@ -1,12 +1,12 @@
 """The report's tables as rows of text, and rows of text as Markdown, LaTeX or HTML."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from tdkd_dist.curves import key_at
+from tdkd_dist.curves import key_at, read_curve
 from tdkd_dist.report.runs import Group, PairedDifference, differences, paired_differences, spread
 
 Rows = list[list[str]]
@@ -69,6 +69,34 @@ def full_range_table(groups: Sequence[Group]) -> Rows:
     return rows
 
 
+def exit_table(groups: Sequence[Group]) -> Rows | None:
+    """What stopping by the rule `eval.exit` is worth, over the seeds evaluated with one; None if there are none."""
+    T = max(group.curves("top1").shape[1] for group in groups)
+    columns: dict[str, tuple[str, Callable[[Sequence[float]], str]]] = {
+        "top-1, %": ("top1", plus_minus),
+        "mean t": ("mean_timesteps", plus_minus),
+        **{f"stop at {t}, %": (key_at("share", t), plus_minus) for t in range(1, T + 1)},
+        "mJ": ("energy_mj", _mean),
+        **{f"AUROC, {kind}": (f"auroc_{kind}", _mean) for kind in ("confidence", "entropy", "margin")},
+    }
+    found = [[run.last for run in group.runs if "val/exit_top1" in run.last] for group in groups]
+    columns = {
+        name: column
+        for name, column in columns.items()
+        if any(f"val/exit_{column[0]}" in row for rows in found for row in rows)
+    }
+    if not columns:
+        return None
+    table = [["objective", "seeds", *columns, "top-1 at T, %"]]
+    for group, rows in zip(groups, found, strict=True):
+        if rows:
+            values = [[row.get(f"val/exit_{key}", math.nan) for row in rows] for key, _ in columns.values()]
+            shown = [show(v) for v, (_, show) in zip(values, columns.values(), strict=True)]
+            at_T = plus_minus([read_curve(row, "val/top1")[-1] for row in rows])
+            table.append([group.name, str(len(rows)), *shown, at_T])
+    return table
+
+
 def cost_table(groups: Sequence[Group]) -> Rows:
     """What an optimiser step costs, averaged over the record."""
     rows = [["objective", "ms a step", "images/s", "peak memory a rank, MiB", "waiting for data", "ranks", "machine"]]
@@ -97,7 +125,9 @@ def matrix_table(groups: Sequence[Group]) -> Rows | None:
 
 
 def plus_minus(values_S: Any) -> str:
-    """`88.31 ± 0.12`: mean and standard deviation; the value alone of one seed."""
+    """`88.31 ± 0.12`: mean and standard deviation; the value alone of one seed; nothing if one is unknown."""
+    if np.isnan(values_S).any():
+        return ""
     deviation = spread(np.asarray(values_S))
     return f"{np.mean(values_S):.2f}" + ("" if math.isnan(deviation) else f" ± {deviation:.2f}")
 

@@ -34,12 +34,17 @@ def build(groups: list[Group], notes: Sequence[str], entity: str, project: str) 
         wr.LinePlot(title="Peak memory, MiB", x="global_step", y=["train/peak_memory_mib"]),
         wr.RunComparer(diff_only="split"),
     ]
+    exits = tables.exit_table(groups)
+    if exits is not None:
+        for title, metric in (("Top-1 when stopping by the rule", "top1"), ("Timesteps then", "mean_timesteps")):
+            panels.insert(-1, wr.LinePlot(title=title, x="epoch", y=[f"val/exit_{metric}"]))
     blocks: list[Any] = [wr.MarkdownBlock(text=note) for note in notes]
     for title, rows in (
         ("Accuracy after every timestep", tables.accuracy_table(groups)),
         ("Paired differences", tables.paired_table(groups) if len(groups) > 1 else None),
         ("Trained at T, tested at t", tables.matrix_table(groups)),
         ("Early exit, energy and firing rates", tables.full_range_table(groups)),
+        ("Stopping by a rule", exits),
         ("Training cost", tables.cost_table(groups)),
     ):
         if rows is not None and len(rows) > 1:

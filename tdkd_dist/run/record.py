@@ -170,7 +170,21 @@ def format_table(found: dict[str, Any]) -> str:
     for t, (top1, top5, alone, loss) in enumerate(columns, start=1):
         lines.append(f"{t:>9}  {top1:>8.2f}  {top5:>8.2f}  {alone:>14.2f}  {loss:>7.4f}")
     lines.append(f"mean over timesteps: {found['top1_mean']:.2f} % of {int(found['samples'])} images")
-    return "\n".join(lines)
+    return "\n".join(lines + _format_exit(found))
+
+
+def _format_exit(found: dict[str, Any]) -> list[str]:
+    """What stopping by the rule `eval.exit` is worth, if one was given (`exits.ExitCounts.summary`)."""
+    if "exit_top1" not in found:
+        return []
+    shares = ", ".join(f"{share:.1f} % at {t}" for t, share in enumerate(found["exit_share"], start=1))
+    lines = [
+        f"stopping by the rule: {found['exit_top1']:.2f} %, {found['exit_mean_timesteps']:.2f} timesteps on average",
+        f"who stops when: {shares}",
+    ]
+    aurocs = [f"{value:.3f} by {k.removeprefix('exit_auroc_')}" for k, value in found.items() if "exit_auroc_" in k]
+    lines += [f"right answers told from wrong ones (AUROC): {', '.join(aurocs)}"] if aurocs else []
+    return lines + ([f"energy: {found['exit_energy_mj']:.4g} mJ an image"] if "exit_energy_mj" in found else [])
 
 
 def _drop_rows_after(path: Path, global_step: int) -> None:
