@@ -22,7 +22,8 @@ from torch import Tensor
 
 from tdkd_dist.data.crops import CropRule
 from tdkd_dist.data.folder_reader import follow
-from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.data.frames import FrameRule
+from tdkd_dist.data.normalise import Normalise, as_input
 from tdkd_dist.data.sources.source import decode_image
 from tdkd_dist.files import write_json
 from tdkd_dist.losses import ensembles
@@ -172,7 +173,7 @@ class Stepper:
         self._buckets = buckets
 
     def start(self, x: Tensor) -> None:
-        """Take up normalised images `[B, C, H, W]`."""
+        """Take up normalised images `[B, C, H, W]`, or frames `[B, T, C, H, W]`, one a timestep."""
         self._x, self._state, self._sum, self.t, self._count = x, None, None, 0, len(x)
         if self._buckets:
             self._x = x[self._padded(torch.arange(len(x), device=x.device))]
@@ -182,7 +183,10 @@ class Stepper:
 
     def step(self) -> Tensor:
         """Run the next timestep: m_t `[B, K]` of those who are left, in fp32 or wider."""
-        logits, self._state = self._step(self._x, self._state)
+        if self._x.ndim == 5:
+            logits, self._state = self._step(self._x[:, self.t], self._state, frame=True)
+        else:
+            logits, self._state = self._step(self._x, self._state)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         self._sum = logits if self._sum is None else self._sum + logits
         self.t += 1
@@ -194,7 +198,8 @@ class Stepper:
         assert self._sum is not None
         self._count = len(rows)
         rows = self._padded(rows) if self._buckets else rows
-        # Not the images: a step that is given a state doesn't look at them.
+        # Of images, the state knows all: a step that is given one doesn't look at them.
+        self._x = self._x[rows] if self._x.ndim == 5 else self._x
         self._state = {name: select(value, rows) for name, value in self._state.items()}
         self._sum = self._sum[rows]
 
@@ -213,7 +218,7 @@ def select(x: Tensor, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decide(stepper: Stepper, x: Tensor, rule: ExitRule | None, num_timesteps: int) -> Decision:
-    """Run normalised images `[B, C, H, W]`, B at least 1, until the rule (if any) stops each, or `num_timesteps`."""
+    """Run what `Stepper.start` takes, B at least 1, until the rule (if any) stops each, or `num_timesteps`."""
     B, T = len(x), num_timesteps
     stepper.start(x)
     stops = _Stops(rule) if rule is not None else None
@@ -281,6 +286,7 @@ class AnytimeStudent:
         self.image_size: int = shown["input_size"][-1]
         self.crop_pct: float = shown.get("crop_pct") or CROP_PCT
         self.class_names: list[str] | None = shown.get("label_names")
+        self.frames: FrameRule | None = frame_rule(shown, self.num_timesteps, self.image_size)
         self._normalise = Normalise(shown["mean"], shown["std"]).to(self.device)
         self._bf16 = bf16
         if compiled:
@@ -300,7 +306,9 @@ class AnytimeStudent:
     def __call__(self, images: Any) -> Decision:
         """Decide for uint8 images `[B, C, H, W]` of the student's size, a picture or a path, or a list of these.
 
-        Pictures are cropped as in validation. Raises `Mistake`, naming it, for a picture that cannot be read.
+        A student of event recordings takes counts `[B, frames, C, H, W]`, integers of any size and as many frames as it
+        was trained on or more, and looks at one a timestep; or what loaders give. Pictures are cropped as in
+        validation. Raises `Mistake`, naming it, for a picture that cannot be read.
         """
         with self._precision():
             return decide(self._stepper, self.prepare(images), self.exit, self.num_timesteps)
@@ -312,7 +320,7 @@ class AnytimeStudent:
         self.model.set_num_timesteps(self.num_timesteps)
         try:
             with self._precision():
-                logits_TBK: Tensor = self.model(self.prepare(images))
+                logits_TBK: Tensor = self.model(as_input(self.prepare(images), self.num_timesteps))
         finally:
             self.model.set_num_timesteps(trained)
         return logits_TBK.float()
@@ -332,6 +340,8 @@ class AnytimeStudent:
 
     def prepare(self, images: Any) -> Tensor:
         """Normalised `[B, C, H, W]` on its device, of whatever a call takes."""
+        if self.frames is not None:
+            return self._prepare_frames(images, self.frames)
         if not isinstance(images, Tensor):
             pictures = images if isinstance(images, list | tuple) else [images]
             require(len(pictures) > 0, "no pictures were given")
@@ -342,6 +352,25 @@ class AnytimeStudent:
         require(fits and len(images) > 0, f"images of {images.dtype} {list(images.shape)}: must be {wanted}")
         x: Tensor = self._normalise(images.to(self.device).contiguous(memory_format=torch.channels_last))
         return x
+
+    def _prepare_frames(self, counts: Any, rule: FrameRule) -> Tensor:
+        wanted = f"counts [B, {rule.frames} or more frames, {self.model.in_chans}, height, width]"
+        require(isinstance(counts, Tensor), f"{type(counts).__name__}: this student reads recordings; give {wanted}")
+        fits = counts.ndim == 5 and len(counts) > 0 and counts.shape[2] == self.model.in_chans
+        fits = fits and counts.shape[1] >= rule.frames
+        require(fits, f"frames of {counts.dtype} {list(counts.shape)}: must be {wanted}")
+        return rule(counts.to(self.device), 0, np.arange(len(counts)))
+
+
+def frame_rule(shown: dict[str, Any], num_timesteps: int, size: int) -> FrameRule | None:
+    """How a student's file says that recordings become what it reads; None: it reads pictures."""
+    frames: int | None = shown.get("frames")
+    if frames is None:
+        return None
+    require(
+        num_timesteps <= frames, f"num_timesteps={num_timesteps}: it was trained on {frames} frames, one a timestep"
+    )
+    return FrameRule(frames, shown.get("frame_choice", "first"), size)
 
 
 def read_picture(picture: Any, size: int, crop_pct: float) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: T timesteps, B samples, K classes, C candidates.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -163,15 +163,22 @@ def open_labelled(
     As for `read_logits`; `name` is what the user knows `path` by.
     """
     is_beton = path.is_file() and path.suffix in (".beton", ".ffcv")
+    part: Literal["train", "val"] = "train" if split == "train" else "val"
     data = DataConfig(
+        train=str(path),
         val=str(path),
         format="ffcv" if is_beton else "imagefolder",
         image_size=student.image_size,
         crop_pct=student.crop_pct,
+        frames=student.frames.frames if student.frames else None,
+        frame_choice=student.frames.choice if student.frames else "first",
+        crop="none",
     )
     if is_beton:
         signature = check_beton(path, name).signature
     else:
-        signature = signature_of(open_pictures(str(path), f"data.{split or 'val'}"))
-    device = student.device
-    return make_val_loader(data, batch_size=batch_size, rank=0, world_size=1, device=device, workers=workers), signature
+        signature = signature_of(open_pictures(str(path), f"data.{part}"))
+    loader = make_val_loader(
+        data, batch_size=batch_size, rank=0, world_size=1, device=student.device, workers=workers, split=part
+    )
+    return loader, signature

@@ -33,6 +33,10 @@ HARMLESS: list[Any] = [argparse.Namespace]
 """What old checkpoints hold besides tensors, numbers and plain containers: the arguments of their training."""
 
 
+FURTHER = ("crop_pct", "label_names", "frames", "frame_choice")
+"""What a file may say of a student's input and answers besides size, mean and std."""
+
+
 def save_student(
     path: str | os.PathLike[str],
     state_dict: Mapping[str, Tensor],
@@ -44,12 +48,14 @@ def save_student(
     crop_pct: float | None = None,
     label_names: Sequence[str] | None = None,
     frames: int | None = None,
+    frame_choice: str | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write a student (or an ordinary network) so that `load_student` gives it back with nothing else to say.
 
     The file appears under its name only when it is whole. `crop_pct` is validation's, `label_names` a name for each
-    class, `frames` how many of a recording it was trained on; `extra` is further metadata, text by key.
+    class, `frames` and `frame_choice` say which of a recording it was trained on; `extra` is further metadata, text by
+    key.
     """
     neuron = dataclasses.replace(student.neuron, surrogate_alpha=student.neuron.slope)
     description = dataclasses.asdict(dataclasses.replace(student, neuron=neuron))
@@ -57,7 +63,7 @@ def save_student(
     description |= {"input_size": list(input_size), "mean": list(mean), "std": list(std)}
     description |= {"crop_pct": crop_pct} if crop_pct is not None else {}
     description |= {"label_names": list(label_names)} if label_names is not None else {}
-    description |= {"frames": frames} if frames is not None else {}
+    description |= {"frames": frames, "frame_choice": frame_choice or "first"} if frames is not None else {}
     metadata = {**(extra or {}), "format": "pt", "student": json.dumps(description)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with whole(Path(path)) as partial:
@@ -98,6 +104,7 @@ def _read_description(text: str, path: str | os.PathLike[str]) -> dict[str, Any]
     good = good and type(crop_pct) in (int, float) and 0.01 <= crop_pct <= 1
     frames: Any = found.get("frames", 1) if good else None
     good = good and type(frames) is int and 1 <= frames <= 1024
+    good = good and found.get("frame_choice", "first") in ("first", "regroup")
     if not good or len(found.get("mean", "")) != len(found.get("std", "")) or len(found.get("input_size", "xyz")) != 3:
         raise Mistake(
             f"{path}: what it says of its student is damaged; bring back the file, or import the weights again"
@@ -108,8 +115,7 @@ def _read_description(text: str, path: str | os.PathLike[str]) -> dict[str, Any]
 def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) -> nn.Module:
     """The network that `save_student` or `tools/import_weights.py` wrote, in fp32 and eval mode.
 
-    Its `default_cfg` has the file's input size, mean and std, and `crop_pct`, `label_names` and `frames` where the file
-    has them.
+    Its `default_cfg` has the file's input size, mean and std, and those of `FURTHER` that the file has.
     Raises `Mistake`, naming the file, if it is no such file or its tensors do not fit its own configuration. A student
     from outside the package needs its module: import it before, or pass `allow_import=True` if you trust the file,
     since importing runs code.
@@ -120,7 +126,7 @@ def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) ->
     description = metadata["student"]
     try:
         shown = {key: tuple(description.pop(key)) for key in ("input_size", "mean", "std")}
-        shown |= {key: description.pop(key) for key in ("crop_pct", "label_names", "frames") if key in description}
+        shown |= {key: description.pop(key) for key in FURTHER if key in description}
         student = StudentConfig(**description | {"neuron": NeuronConfig(**description["neuron"])})
         model = create_student(student, allow_import=allow_import)
     except Mistake as mistake:

@@ -94,3 +94,28 @@ def test_what_cannot_be_is_said():
         calibrate(logits, labels, "confidence", mean_timesteps=0.5)
     with pytest.raises(Mistake, match="either"):
         calibrate(logits, labels, "confidence")
+
+
+def test_the_pictures_are_those_that_are_signed(tmp_path):
+    import numpy as np
+    from networks import student
+    from PIL import Image
+
+    from tdkd_dist.anytime import AnytimeStudent
+    from tdkd_dist.calibration import open_labelled
+
+    for split, count in (("train", 5), ("val", 3)):
+        folder = tmp_path / split / "n01"
+        folder.mkdir(parents=True)
+        for k in range(count):
+            Image.fromarray(np.full((32, 32, 3), 10 * count + k, np.uint8)).save(folder / f"{k}.png")
+    net = student("sew_resnet8").float()
+    net.default_cfg = {**net.default_cfg, "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    signatures = set()
+    for split, count in (("train", 5), ("val", 3), (None, 3)):
+        loader, signature = open_labelled(AnytimeStudent(net), tmp_path, split=split, workers=1, batch_size=8)
+        signatures.add(signature)
+        (images, _), *rest = loader
+        assert not rest
+        assert images[:, 0, 16, 16].tolist() == [10 * count + k for k in range(count)]
+    assert len(signatures) == 2

@@ -38,6 +38,7 @@ def choose(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
     require(args.out.parent.is_dir(), f"--out {args.out}: no such folder")
+    require(args.workers >= 1, f"--workers {args.workers}: must be at least 1")
     require(args.timesteps is None or args.timesteps >= 1, f"--timesteps {args.timesteps}: must be at least 1")
 
     from tdkd_dist.anytime import AnytimeStudent, Kind

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -226,11 +226,12 @@ def make_val_loader(
     device: torch.device,
     workers: int,
     beat: Callable[[], None] = lambda: None,
+    split: Literal["train", "val"] = "val",
 ) -> ValLoader:
-    """Open `data.val`; `batch_size` is one rank's. The rest is as for `make_train_loader`."""
+    """Open `data.val`, or `data.train` as if it were that; `batch_size` is one rank's. Else as `make_train_loader`."""
     crop = CropRule(data.image_size, "center", crop_pct=data.crop_pct)
     rule = crop if data.frames is None else frame_rule(data, None)
-    reader, num_samples, num_classes, names = _open("val", data, rule, batch_size, device, workers, beat)
+    reader, num_samples, num_classes, names = _open(split, data, rule, batch_size, device, workers, beat)
     return ValLoader(reader, num_samples, num_classes, rank=rank, world_size=world_size, class_names=names)
 
 

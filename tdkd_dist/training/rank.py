@@ -119,6 +119,7 @@ class Run:
                 std=std,
                 crop_pct=config.data.crop_pct,
                 frames=config.data.frames,
+                frame_choice=config.data.frame_choice,
                 label_names=self.validation.class_names,
                 extra={"run": config.run.name, "global_step": str(progress.global_step)},
             )
