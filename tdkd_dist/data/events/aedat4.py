@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from tdkd_dist.data.events.apart import apart
 from tdkd_dist.data.events.recording import MOST_EVENTS, Broken, Events, Sensor, as_events
-from tdkd_dist.data.sources.source import one_line
 from tdkd_dist.mistakes import Mistake
 
 
@@ -20,12 +20,7 @@ def read(content: bytes) -> tuple[Events, Sensor]:
     with tempfile.NamedTemporaryFile(suffix=".aedat4") as file:  # it reads files with names only
         file.write(content)
         file.flush()
-        try:
-            return _decode(decoder_of(file.name))
-        except Exception as error:
-            if isinstance(error, Broken):
-                raise
-            raise Broken(one_line(error).replace(file.name, "it")) from error
+        return apart(lambda: _decode(decoder_of(file.name)))
 
 
 def _decode(decoder: Any) -> tuple[Events, Sensor]:

@@ -46,7 +46,7 @@ class SplitRule:
         }[self.kind]
 
     def choose(self, source: EventSource, split: str) -> NDArray[np.int64]:
-        """Ascending indices of the recordings of `split`. Raises `Mistake` where the rule does not fit, or none is left."""
+        """Ascending indices of what belongs to `split`. Raises `Mistake` if the rule does not fit, or none is left."""
         require(split in SPLITS, f"split {split}: must be one of {', '.join(SPLITS)}")
         held = self._held_out(source)
         chosen = np.flatnonzero(held if split == "val" else ~held)
