@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,16 @@ def reading(where: object) -> Iterator[None]:
         raise Mistake(f"{where}: damaged, or of another form ({what}); get it anew, or leave it out") from error
 
 
+def checked_labels(labels: NDArray[np.int64], path: Path) -> NDArray[np.int64]:
+    """The labels [N] themselves. Raises `Mistake` if they are no classes from 0 on."""
+    if labels.ndim != 1 or labels.dtype != np.int64:
+        raise Mistake(f"{path}: its labels are {labels.dtype} {list(labels.shape)}; one integer each wanted")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
+        wrong = int(labels.min() if labels.min() < 0 else labels.max())
+        raise Mistake(f"{path}: a label is {wrong}: must be in 0 to {MOST_CLASSES - 1:,}")
+    return labels
+
+
 class Guarded:
     """A source whose every answer is an answer or a `Mistake`."""
 
@@ -42,15 +53,7 @@ class Guarded:
     def labels(self) -> NDArray[np.int64]:
         """The label of every picture, [N]: from 0 on."""
         with reading(f"{self.path}: its labels"):
-            labels = self.source.labels
-            if labels.ndim != 1 or labels.dtype != np.int64:
-                raise Mistake(
-                    f"{self.path}: its labels are {labels.dtype} {list(labels.shape)}; one integer each wanted"
-                )
-            if len(labels) and not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
-                wrong = int(labels.min() if labels.min() < 0 else labels.max())
-                raise Mistake(f"{self.path}: a label is {wrong}: must be in 0 to {MOST_CLASSES - 1:,}")
-            return labels
+            return checked_labels(self.source.labels, self.path)
 
     def name(self, index: int) -> str:
         """What to call picture `index` in a message."""
