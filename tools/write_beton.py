@@ -7,6 +7,9 @@ SOURCE is recognised by what it holds:
   parquet shards or WebDataset tars, or a folder of them (with --split, by their names)
   a CIFAR-10 or CIFAR-100 archive, python or binary version, packed or unpacked (with --split)
   an idx image file, or a folder of idx files (with --split)
+With --frames T, event-camera recordings:
+  class folders (or a zip a class) of AEDAT 2.0, 3.1 or 4, of N-MNIST's or N-Caltech101's .bin, of spikingjelly's .npz;
+  DVS128 Gesture's recordings with their CSVs; tonic's cached HDF5
 """
 
 import argparse
@@ -21,11 +24,14 @@ from tdkd_dist.data.beton.manifest import Manifest, WriteOptions
 from tdkd_dist.data.beton.verify import verify
 from tdkd_dist.data.beton.writing import up_to_date, write
 from tdkd_dist.data.sources import open_source
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.data.sources.source import FrameSource, Source
+from tdkd_dist.mistakes import Mistake, require
 
 USAGE = """usage: python tools/write_beton.py SOURCE DEST [--split train|val] [--max-side 500] [--jpeg-share 0.5]
            [--quality 90] [--subset N] [--labels FILE] [--on-error stop|skip]
            [--holdout N] [--workers N] [--force]
+       python tools/write_beton.py SOURCE DEST --frames T [--split train|val] [--split-by official|random|index]
+           [--by number|time] [--window-us N] [--frame-size H W] [--sensor H W]
        python tools/write_beton.py --verify FILE
 SOURCE: an ImageFolder tree, ILSVRC2012 tars, parquet, WebDataset, CIFAR or idx files. --help says more."""
 
@@ -81,13 +87,44 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--on-error", default=defaults.on_error, help="at a broken picture: stop, or skip and list it")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
+    events = parser.add_argument_group("event-camera recordings")
+    events.add_argument("--frames", type=int, metavar="T", help="frames of each recording")
+    events.add_argument("--by", default="number", help="frames of equal `number` of events (number), or `time`")
+    events.add_argument("--window-us", type=int, metavar="N", help="only the first N microseconds of each")
+    events.add_argument("--frame-size", type=int, nargs=2, metavar=("H", "W"), help="sums of pixels of the sensor")
+    events.add_argument("--sensor", type=int, nargs=2, metavar=("H", "W"), help="where the form doesn't say")
+    events.add_argument(
+        "--split-by", default="official", help="official, random (10 %%, --split-seed) or index (0 to 99)"
+    )
+    events.add_argument("--split-seed", type=int, default=42, help="of --split-by random (42)")
     parser.add_argument("--force", action="store_true", help="replace a DEST that was written differently")
     args = parser.parse_args(argv)
     if (args.verify is None) != (args.dest is not None):
         raise Mistake("say SOURCE and DEST, or --verify FILE alone")
     if args.workers < 1:
         raise Mistake(f"--workers {args.workers}: must be at least 1")
+    if args.frames is None:
+        of_events = {"--by": args.by != "number", "--window-us": args.window_us, "--frame-size": args.frame_size}
+        of_events |= {"--sensor": args.sensor, "--split-by": args.split_by != "official"}
+        given = [name for name, value in of_events.items() if value]
+        require(not given, f"{', '.join(given)}: of event-camera recordings; say --frames T")
     return args
+
+
+def open_any(args: argparse.Namespace) -> Source | FrameSource:
+    """The source: pictures, or with --frames recordings as frames. Raises `Mistake`."""
+    if args.frames is None:
+        return open_source(args.source, args.split, args.labels)
+    from tdkd_dist.data.events import open_events
+    from tdkd_dist.data.events.framed import FramedSource
+    from tdkd_dist.data.events.framing import FramingRule
+    from tdkd_dist.data.events.splits import SplitRule
+
+    size, sensor = (tuple(given) if given else None for given in (args.frame_size, args.sensor))
+    rule = SplitRule(args.split_by, args.split_seed)
+    source = open_events(args.source, args.split, rule, sensor)
+    framing = FramingRule(args.frames, args.by, args.window_us, size)
+    return FramedSource(source, framing, "all recordings" if args.split is None else f"{args.split} of {rule.text}")
 
 
 def run(args: argparse.Namespace, dest: Path, heldout: bool) -> tuple[Manifest, str]:
@@ -95,7 +132,7 @@ def run(args: argparse.Namespace, dest: Path, heldout: bool) -> tuple[Manifest, 
     options = WriteOptions(
         args.max_side, args.jpeg_share, args.quality, args.subset, args.on_error, args.holdout, heldout
     )
-    source = open_source(args.source, args.split, args.labels)
+    source = open_any(args)
     manifest = up_to_date(source, dest, options)
     if manifest is not None:
         return manifest, "is already there"
@@ -124,12 +161,15 @@ def check(path: Path, workers: int) -> int:
 
 def report(dest: Path, manifest: Manifest, done: str) -> None:
     """Say what is there now."""
+    things = "pictures" if manifest.frames is None else "recordings"
     print(
-        f"{dest} {done}: {manifest.num_samples:,} pictures of {manifest.num_classes} classes,"
+        f"{dest} {done}: {manifest.num_samples:,} {things} of {manifest.num_classes} classes,"
         f" {manifest.file_size / 1e6:,.1f} MB, mean {manifest.mean}, std {manifest.std}"
     )
+    if manifest.frames is not None:
+        print(f"{manifest.frames['framing']}, sensor {manifest.frames['sensor']}, {manifest.frames['split']}")
     if manifest.skipped:
-        print(f"{len(manifest.skipped)} broken pictures were skipped; the manifest {dest}.json lists them")
+        print(f"{len(manifest.skipped)} broken {things} were skipped; the manifest {dest}.json lists them")
 
 
 class Progress:
