@@ -25,6 +25,11 @@ data.sources.arrays data.sources.classes data.sources.folder data.sources.guarde
 data.sources.parquet data.sources.ground_truth
 data.sources.archives
 data.sources data.beton.manifest
+data.events.recording
+data.events.apart data.events.places data.events.splits data.events.framing
+data.events.aedat2 data.events.aedat3 data.events.aedat4 data.events.atis data.events.hdf5 data.events.npz
+data.events.folders data.events.gesture
+data.events data.events.framed
 data.beton.writing data.beton.verify data.beton.staging data.checks data.ffcv_reader data.folder_reader
 data.loaders anytime export.plain
 calibration exits export.program

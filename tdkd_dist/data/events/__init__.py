@@ -7,7 +7,7 @@ from pathlib import Path
 from tdkd_dist.data.events import aedat2, aedat3, aedat4, atis, hdf5, npz
 from tdkd_dist.data.events.folders import ClassFolders, LabelledFiles, Reader
 from tdkd_dist.data.events.gesture import CSV, GestureSource
-from tdkd_dist.data.events.places import Place, places
+from tdkd_dist.data.events.places import Place, find_places
 from tdkd_dist.data.events.recording import EventSource, Guarded, Sensor, whole_recording
 from tdkd_dist.data.events.splits import Part, SplitRule
 from tdkd_dist.mistakes import Mistake
@@ -56,7 +56,7 @@ def _open(path: Path, sensor: Sensor | None) -> EventSource:
         raise Mistake(f"{path}: no such file or folder")
     if not path.is_dir() and not path.is_file():
         raise Mistake(f"{path}: neither a folder nor a file")
-    found = places(path)
+    found = find_places(path)
     if any(place.inner.name.endswith(CSV) for place in found):
         return GestureSource(path, found)
     count = Counter(place.suffix for place in found if place.suffix in READERS)

@@ -22,7 +22,7 @@ def read(content: bytes) -> tuple[Events, Sensor]:
     begin = _header(content)
     if (len(content) - begin) % 8:
         raise Broken(f"truncated: {len(content) - begin} bytes after its header are no whole number of events")
-    address, time = np.frombuffer(content, dtype=">u4", offset=begin).reshape(-1, 2).astype(np.int64).T
+    address, time = np.frombuffer(content, dtype=">u4", offset=begin).reshape(-1, 2).T.astype(np.uint32)
     if len(address) and int(address.max()) > 0xFFFF:
         first = int(np.argmax(address > 0xFFFF))
         raise Broken(f"event {first} has the address {address[first]:#x}, which no DVS128 has")

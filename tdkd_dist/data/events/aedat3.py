@@ -24,12 +24,12 @@ def read(content: bytes) -> tuple[Events, None]:
     An event is a word (valid: bit 0, polarity: bit 1, y: bits 2 to 16, x: bits 17 to 31) and 31 bits of time.
     """
     packets = list(_polarity_packets(content))
-    words = np.concatenate([np.empty((0, 2), dtype="<u4"), *(events for events, _ in packets)]).astype(np.int64)
+    words = np.concatenate([np.empty((0, 2), dtype="<u4"), *(events for events, _ in packets)])
     overflows = np.repeat([overflow for _, overflow in packets], [len(events) for events, _ in packets]).astype(
         np.int64
     )
     valid = words[:, 0] & 1 == 1
-    word, time = words[valid, 0], (overflows << 31 | words[:, 1])[valid]
+    word, time = words[valid, 0], (overflows << 31 | words[:, 1].astype(np.int64))[valid]
     return as_events(time, word >> 17 & 0x7FFF, word >> 2 & 0x7FFF, word >> 1 & 1), None
 
 

@@ -22,8 +22,9 @@ def read(content: bytes) -> tuple[Events, None]:
     """
     if len(content) % BYTES:
         raise Broken(f"truncated: {len(content)} bytes are no whole number of {BYTES}-byte events")
-    x, y, high, middle, low = np.frombuffer(content, dtype=np.uint8).reshape(-1, BYTES).astype(np.int64).T
-    time, p = (high & 127) << 16 | middle << 8 | low, high >> 7
+    x, y, high, middle, low = np.frombuffer(content, dtype=np.uint8).reshape(-1, BYTES).T
+    time = (high & 127).astype(np.int64) << 16 | middle.astype(np.int64) << 8 | low
+    p = high >> 7
     overflow = y == OVERFLOW_ROW
     if overflow.any():
         time = time + OVERFLOW_US * np.cumsum(overflow)

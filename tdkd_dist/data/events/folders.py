@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdkd_dist.data.events.places import Place
-from tdkd_dist.data.events.recording import Broken, Recording, Sensor
+from tdkd_dist.data.events.recording import Broken, Recording, Sensor, whole_recording
 from tdkd_dist.mistakes import Mistake
 
 Reader = Callable[[bytes], tuple[Recording, Sensor | None]]
@@ -29,7 +29,8 @@ class FileSource:
     @cached_property
     def sensor(self) -> Sensor:
         """As it was told, else as the first recording tells."""
-        sensor = self._told or self._read(self.files[0].content())[1]
+        with whole_recording(self.files[0]):
+            sensor = self._told or self._read(self.files[0].content())[1]
         if sensor is None:
             raise Mistake(f"{self.path}: {self.kind} does not tell how large the sensor is; say its height and width")
         return sensor
@@ -99,10 +100,8 @@ class LabelledFiles(FileSource):
     def _targets(self) -> list[int] | list[str]:
         targets = []
         for place in self.files:
-            try:
+            with whole_recording(place):
                 targets.append(self._target(place.content()))
-            except Broken as broken:
-                raise Mistake(f"{place}: {broken}; get it anew, or leave it out") from broken
         numbers = [target for target in targets if isinstance(target, int)]
         names = [target for target in targets if isinstance(target, str)]
         if numbers and names:

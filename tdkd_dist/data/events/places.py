@@ -51,7 +51,7 @@ class Place:
             return file.read()  # no more than the size in the zip's directory, whatever the member unpacks to
 
 
-def places(root: Path) -> list[Place]:
+def find_places(root: Path) -> list[Place]:
     """All files below the folder `root`, or in the zip `root`, and in zips among them, sorted by their paths."""
     if root.is_file():
         return sorted(_members(root, PurePosixPath(root.stem)), key=lambda place: place.inner)
