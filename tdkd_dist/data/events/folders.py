@@ -1,4 +1,4 @@
-"""Class folders of recordings, in any form; a zip counts as a folder."""
+"""Class folders of recordings, in any form; an archive counts as a folder."""
 
 import hashlib
 from collections.abc import Callable, Sequence
