@@ -113,7 +113,7 @@ class LabelledFiles(FileSource):
         """The sorted names, where labels are such."""
         return sorted({target for target in self._targets if isinstance(target, str)}) or None
 
-    @property
+    @cached_property
     def labels(self) -> NDArray[np.int64]:
         """The label of every recording, [N]."""
         names = self.class_names
