@@ -1,9 +1,12 @@
 """Recordings in every form that data sets of event cameras come in. Oracles: tonic, spikingjelly, aedat, torch."""
 
+import io
 import os
 import pickle
 import shutil
 import sys
+import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,9 +57,17 @@ def make_zips(root: Path) -> Path:
     return root
 
 
-def save_npz(events: Events) -> bytes:
-    import io
+def make_tar(path: Path, folder: str = "data") -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w:" if path.suffix == ".tar" else f"w:{path.suffix[1:]}") as tar:
+        for name, i, events in reversed(RECORDINGS):
+            info = tarfile.TarInfo(f"{folder}/{name}/{name}_{i}.aedat")
+            info.size = len(as_aedat2(events))
+            tar.addfile(info, io.BytesIO(as_aedat2(events)))
+    return path
 
+
+def save_npz(events: Events) -> bytes:
     file = io.BytesIO()
     np.savez_compressed(file, **by_name(events))
     return file.getvalue()
@@ -77,6 +88,9 @@ def make_cache(root: Path, targets: list[object], copies: int = 1) -> Path:
 FORMS = {
     "aedat2": lambda root: open_events(make(root, ".aedat", as_aedat2)),
     "aedat2 in zips": lambda root: open_events(make_zips(root)),
+    "aedat2 in a tar": lambda root: open_events(make_tar(root / "data.tar").parent),
+    "aedat2 in a tar.gz": lambda root: open_events(make_tar(root / "data.tar.gz")),
+    "aedat2 in a tar.xz": lambda root: open_events(make_tar(root / "data.tar.xz")),
     "aedat3": lambda root: open_events(make(root, ".aedat", as_aedat3), sensor=(128, 128)),
     "aedat4": lambda root: open_events(make(root, ".aedat4", as_aedat4)),
     "aedat4 called aedat": lambda root: open_events(make(root, ".aedat", as_aedat4)),
@@ -85,6 +99,12 @@ FORMS = {
     "hdf5": lambda root: open_events(make_cache(root, LABELS.tolist(), copies=2), sensor=(128, 128)),
     "hdf5 with names": lambda root: open_events(make_cache(root, [row[0] for row in RECORDINGS]), sensor=(128, 128)),
 }
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path_factory, monkeypatch):
+    """Compressed tars are unpacked there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,16 +122,18 @@ def test_every_form_gives_the_same_recordings(form, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_signature_changes_with_the_source(form, tmp_path):
-    FORMS[form](tmp_path / "data")
-    before = open_events(tmp_path / "data", sensor=(128, 128)).signature()
-    assert open_events(tmp_path / "data", sensor=(128, 128)).signature() == before
-    if "zips" in form:
-        with zipfile.ZipFile(tmp_path / "data" / "cat.zip", "a") as archive:
-            archive.writestr("cat/one_more.aedat", b"")
+    path = FORMS[form](tmp_path / "data").path
+    before = open_events(path, sensor=(128, 128)).signature()
+    assert open_events(path, sensor=(128, 128)).signature() == before
+    file = min(file for file in [path, *path.rglob("*.*")] if file.is_file())
+    if file.suffix == ".zip":
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.writestr("bird/more_1.aedat", b"")
+    elif ".tar" in file.name:
+        make_tar(file, "others")
     else:
-        path = min(path for path in (tmp_path / "data").rglob("*.*") if path.is_file())
-        path.write_bytes(path.read_bytes() + b"12345678")
-    assert open_events(tmp_path / "data", sensor=(128, 128)).signature() != before
+        file.write_bytes(file.read_bytes() + b"12345678")
+    assert open_events(path, sensor=(128, 128)).signature() != before
 
 
 def test_aedat2_is_read_as_spikingjelly_and_tonic_do(tmp_path):
@@ -435,10 +457,21 @@ def test_pipes_and_strange_places_are_told(tmp_path):
         open_events(tmp_path / "loose")
     with pytest.raises(Mistake, match=r"holds 1 \.aedat, 1 \.bin"):
         open_events(tmp_path)
-    (tmp_path / "tars").mkdir()
-    (tmp_path / "tars" / "a.tar.xz").write_bytes(b"")
-    with pytest.raises(Mistake, match="unpack tar files"):
-        open_events(tmp_path / "tars")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Mistake, match="no recordings in it"):
+        open_events(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.xz"])
+def test_a_damaged_archive_is_named(suffix, tmp_path):
+    folder = tmp_path / "data"
+    good = make_tar(folder / f"a{suffix}") if "tar" in suffix else make_zips(folder) / "bird.zip"
+    content = good.read_bytes()
+    for damaged in (content[: len(content) // 2], b"nothing" * 100, b""):
+        good.write_bytes(damaged)
+        with pytest.raises(Mistake, match=good.name) as caught:
+            open_events(folder if suffix == ".zip" else good).read(11)
+        assert len(caught.value.lines) == 1
 
 
 def test_a_missing_package_is_a_line(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from tdkd_dist.data.events import aedat2, aedat3, aedat4, atis, hdf5, npz
 from tdkd_dist.data.events.folders import ClassFolders, LabelledFiles, Reader
 from tdkd_dist.data.events.gesture import CSV, GestureSource
-from tdkd_dist.data.events.places import Place, find_places
+from tdkd_dist.data.events.places import ARCHIVES, Place, find_places
 from tdkd_dist.data.events.recording import EventSource, Guarded, Sensor, whole_recording
 from tdkd_dist.data.events.splits import Part, SplitRule
 from tdkd_dist.mistakes import Mistake
@@ -33,7 +33,7 @@ CACHED = re.compile(r"(\d+)_0")
 def open_events(
     path: Path, split: str | None = None, rule: SplitRule | None = None, sensor: Sensor | None = None
 ) -> Guarded:
-    """The reader for the recordings below the folder, or in the zip, `path`.
+    """The reader for the recordings below the folder, or in the archive, `path`.
 
     `split` (train or val) says which part is wanted, `rule` how it is divided (None: as the data set is handed out),
     `sensor` (height, width) how large the camera is, where the form does not say. Raises `Mistake` when nothing here
@@ -54,15 +54,14 @@ def open_events(
 def _open(path: Path, sensor: Sensor | None) -> EventSource:
     if not path.exists():
         raise Mistake(f"{path}: no such file or folder")
-    if not path.is_dir() and not path.is_file():
-        raise Mistake(f"{path}: neither a folder nor a file")
+    if not path.is_dir() and not (path.is_file() and path.name.lower().endswith(ARCHIVES)):
+        raise Mistake(f"{path}: neither a folder of recordings nor one of {', '.join(ARCHIVES)}")
     found = find_places(path)
     if any(place.inner.name.endswith(CSV) for place in found):
         return GestureSource(path, found)
     count = Counter(place.suffix for place in found if place.suffix in READERS)
     if not count:
-        hint = "; unpack tar files first" if any(".tar" in place.inner.name for place in found) else ""
-        raise Mistake(f"{path}: no recordings in it ({', '.join(READERS)}, in folders or zips){hint}")
+        raise Mistake(f"{path}: no recordings in it ({', '.join(READERS)}, in folders or archives)")
     if len(count) > 1:
         held = ", ".join(f"{number} {suffix}" for suffix, number in count.items())
         raise Mistake(f"{path}: holds {held}; name the folder of one of them")
@@ -74,7 +73,8 @@ def _open_files(path: Path, files: list[Place], sensor: Sensor | None) -> EventS
     if files[0].suffix == ".hdf5":
         return LabelledFiles(kind, path, _first_copies(path, files), read, sensor, hdf5.read_target)
     if files[0].suffix == ".aedat":
-        beginning = files[0].content()[:16]
+        with whole_recording(files[0]):
+            beginning = files[0].content()[:16]
         kind, read = next((form for magic, form in MAGICS.items() if beginning.startswith(magic)), (kind, read))
     loose = [place for place in files if not place.folder]
     if loose:

@@ -16,8 +16,8 @@ SYNC = 0x8000
 def read(content: bytes) -> tuple[Events, Sensor]:
     """The events, mapped as spikingjelly maps CIFAR10-DVS's.
 
-    x = 127 - (a >> 8 & 127), y = 127 - (a >> 1 & 127), p = 1 - (a & 1). Against jAER's own DVS128 x and y are swapped:
-    CIFAR10-DVS lies on its side there. Raises `Broken`.
+    x = 127 - (a >> 8 & 127), y = 127 - (a >> 1 & 127), p = 1 - (a & 1). jAER's own picture of a DVS128 has the columns
+    and the rows the other way round; results on CIFAR10-DVS are on these. Raises `Broken`.
     """
     begin = _header(content)
     if (len(content) - begin) % 8:

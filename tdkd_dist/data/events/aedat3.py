@@ -1,6 +1,6 @@
 """AEDAT 3.1, as cAER writes it (DVS128 Gesture): `#` lines, then packets of little-endian events.
 
-The format: https://docs.inivation.com/software/software-advanced-usage/file-formats/aedat-3.1.html
+The format: libcaer's `events/common.h` and `events/polarity.h`.
 """
 
 import struct

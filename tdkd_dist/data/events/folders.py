@@ -1,4 +1,4 @@
-"""Class folders of recordings, in any form; a zip counts as a folder."""
+"""Class folders of recordings, in any form; an archive counts as a folder."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -113,7 +113,7 @@ class LabelledFiles(FileSource):
         """The sorted names, where labels are such."""
         return sorted({target for target in self._targets if isinstance(target, str)}) or None
 
-    @property
+    @cached_property
     def labels(self) -> NDArray[np.int64]:
         """The label of every recording, [N]."""
         names = self.class_names

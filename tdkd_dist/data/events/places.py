@@ -1,31 +1,39 @@
-"""Where recordings lie: files in folders, or members of zips, which are read in place."""
+"""Where recordings lie: files in folders, or members of zips and tars, which are read in place."""
 
 import os
+import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tdkd_dist.data.events.recording import MOST_BYTES, Broken
+from tdkd_dist.data.sources.archives import unpacked
 from tdkd_dist.data.sources.guarded import reading
 from tdkd_dist.data.sources.source import read_regular
 
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
 """What folders of an official split are called: where there is no validation set, the test set is validated on."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A file, or a member of a zip."""
+    """A file, or a member of an archive."""
 
+    name: str
+    """What to call it in a message."""
     file: Path
-    member: str | None
     inner: PurePosixPath
-    """Its path below what was opened; a zip counts as a folder of its name."""
+    """Its path below what was opened; an archive counts as a folder of its name."""
     size: int
     """Bytes, unpacked."""
+    member: str | None = None
+    """Its name in the zip `file`."""
+    offset: int | None = None
+    """Where in the tar `file` it begins."""
 
     def __str__(self) -> str:
-        return str(self.file) if self.member is None else f"{self.file}/{self.member}"
+        return self.name
 
     @property
     def suffix(self) -> str:
@@ -45,35 +53,51 @@ class Place:
         """All of its bytes. Raises `Broken` for more than `MOST_BYTES`, `Mistake` for a pipe."""
         if self.size > MOST_BYTES:
             raise Broken(f"{self.size:,} bytes; at most {MOST_BYTES:,} are read")
-        if self.member is None:
+        if self.member is not None:
+            with zipfile.ZipFile(self.file) as archive, archive.open(self.member) as member:
+                return member.read()  # no more than the size in the zip's directory, whatever it unpacks to
+        if self.offset is None:
             return read_regular(self.file)
-        with zipfile.ZipFile(self.file) as archive, archive.open(self.member) as file:
-            return file.read()  # no more than the size in the zip's directory, whatever the member unpacks to
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise Broken("truncated with its archive")
+        return content
 
 
 def find_places(root: Path) -> list[Place]:
-    """All files below the folder `root`, or in the zip `root`, and in zips among them, sorted by their paths."""
+    """All files below the folder `root`, or in the archive `root`, and in archives among them, sorted by their paths.
+
+    Those that begin with a dot are left out: macOS packs such beside each file.
+    """
     if root.is_file():
-        return sorted(_members(root, PurePosixPath(root.stem)), key=lambda place: place.inner)
-    found = []
-    for parent, _, names in os.walk(root, followlinks=True):
-        for name in names:
-            file = Path(parent, name)
-            inner = PurePosixPath(file.relative_to(root).as_posix())
-            if name.startswith("."):
-                continue
-            if inner.suffix.lower() == ".zip":
-                found += _members(file, inner.with_suffix(""))
-            else:
-                found.append(Place(file, None, inner, os.stat(file).st_size))
-    return sorted(found, key=lambda place: place.inner)
+        found = _members(root, PurePosixPath(_stem(root.name)))
+    else:
+        found = []
+        for parent, _, names in os.walk(root, followlinks=True):
+            folder = PurePosixPath(Path(parent).relative_to(root).as_posix())
+            for name in names:
+                file = Path(parent, name)
+                if name.lower().endswith(ARCHIVES):
+                    found += _members(file, folder / _stem(name))
+                else:
+                    found.append(Place(str(file), file, folder / name, os.stat(file).st_size))
+    return sorted((p for p in found if not p.inner.name.startswith(".")), key=lambda place: place.inner)
+
+
+def _stem(name: str) -> str:
+    return next(name[: -len(suffix)] for suffix in ARCHIVES if name.lower().endswith(suffix))
 
 
 def _members(file: Path, inner: PurePosixPath) -> list[Place]:
-    """The files of a zip, but for those that begin with a dot: macOS packs such beside each file."""
-    with reading(file), zipfile.ZipFile(file) as archive:
-        return [
-            Place(file, info.filename, inner / info.filename, info.file_size)
-            for info in archive.infolist()
-            if not info.is_dir() and not PurePosixPath(info.filename).name.startswith(".")
-        ]
+    """The files in an archive. A compressed tar is unpacked to a plain one, see `unpacked`."""
+    with reading(file):
+        if file.suffix.lower() == ".zip":
+            with zipfile.ZipFile(file) as archive:
+                infos = [info for info in archive.infolist() if not info.is_dir()]
+            return [Place(f"{file}/{i.filename}", file, inner / i.filename, i.file_size, i.filename) for i in infos]
+        plain = file if file.suffix.lower() == ".tar" else unpacked(file)
+        with tarfile.open(plain, "r:") as tar:
+            members = [member for member in tar if member.isfile() and not member.issparse()]
+        return [Place(f"{file}/{m.name}", plain, inner / m.name, m.size, offset=m.offset_data) for m in members]

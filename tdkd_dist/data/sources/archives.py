@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import logging
+import lzma
 import os
 import shutil
 import tarfile
@@ -229,9 +230,13 @@ def unpacked(path: Path) -> Path:
     if not plain.exists():
         logging.getLogger(__name__).info("unpacking %s to %s", path, plain)
         try:
-            with gzip.open(path) as compressed, whole(plain) as partial, partial.open("wb") as file:
+            with (
+                lzma.open(path) if path.suffix == ".xz" else gzip.open(path) as compressed,
+                whole(plain) as partial,
+                partial.open("wb") as file,
+            ):
                 shutil.copyfileobj(compressed, file, 1 << 22)
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise Mistake(f"{path}: cannot be unpacked to {folder}: {one_line(error)}; TMPDIR sets where") from error
     return plain
 
