@@ -21,6 +21,10 @@ from tdkd_dist.mistakes import Mistake, require
 CONFIDENCE = 0.95
 CANDIDATES = 400
 """Thresholds that are tried, at equal shares of the samples' scores."""
+FALL = 0.85
+"""By how much less is asked after each further timestep. What is unsure at t = 1 seldom gets much surer, so that one
+threshold for all sends it to T; and there is less to win by going on. Chosen on other students than those reported on
+(docs/results/anytime.md), and before any calibration: fitted to the samples, it would spoil the bound."""
 
 
 def calibrate(
@@ -30,6 +34,7 @@ def calibrate(
     *,
     max_drop: float | None = None,
     mean_timesteps: float | None = None,
+    fall: float = FALL,
 ) -> ExitRule:
     """The rule of a kind with the smallest mean t whose accuracy is at most `max_drop` points below that at T.
 
@@ -37,7 +42,8 @@ def calibrate(
     loss on such samples is within `max_drop`: candidates are tried from the one that never stops early towards the
     laxest, and the first whose bound is beyond ends the search, so that no correction for their number is needed (fixed
     sequence testing, as in Angelopoulos et al. 2021). The bound is that of `bound_drop`. Or, with `mean_timesteps`,
-    the most accurate one whose mean t is at most that; nothing is then promised of its accuracy.
+    the most accurate one whose mean t is at most that; nothing is then promised of its accuracy. From one timestep to
+    the next thresholds are multiplied by `fall` (1: one for all), those of entropy divided.
 
     Raises `Mistake` if neither or both are given, or if nothing but running all T timesteps is within them.
     """
@@ -48,8 +54,9 @@ def calibrate(
     )
     means_TBK = ensembles(logits_TBK)
     correct_TB = label_rank(means_TBK, labels_B) == 0
+    require(0 < fall <= 1, f"fall={fall}: must be above 0 and at most 1")
     measured_TB = ExitRule(kind, 0).measure(means_TBK)
-    tried = [ExitRule(kind, threshold, T) for threshold in candidates(kind, measured_TB)]
+    tried = [ExitRule(kind, threshold, T) for threshold in candidates(kind, measured_TB, fall)]
     exits = [rule.decide_measured(measured_TB) for rule in tried]
     chosen: int | None = None
     for k in sorted(range(len(tried)), key=lambda k: -float(exits[k].double().mean())):
@@ -68,15 +75,20 @@ def calibrate(
     return ExitRule(kind, tried[chosen].threshold, T, aim | found)
 
 
-def candidates(kind: Kind, measured_TB: Tensor) -> list[float]:
+def candidates(kind: Kind, measured_TB: Tensor, fall: float = FALL) -> list[float | tuple[float, ...]]:
     """Thresholds to try: numbers of steps for patience, else quantiles of the scores before T, and the strictest."""
     T = len(measured_TB)
     if kind == "patience":
         return [float(k) for k in range(T, -1, -1)]
-    scores = measured_TB[: max(T - 1, 1)].double().flatten().numpy()
-    quantiles = np.quantile(scores, np.linspace(0, 1, CANDIDATES), method="inverted_cdf")
+    factors_T = (1 / fall if kind == "entropy" else fall) ** np.arange(T)
+    # What the first threshold must be for a sample to stop at t.
+    firsts = measured_TB[: max(T - 1, 1)].double().numpy() / factors_T[: max(T - 1, 1), None]
+    quantiles = np.quantile(firsts, np.linspace(0, 1, CANDIDATES), method="inverted_cdf")
     strictest = 0.0 if kind == "entropy" else 1.0
-    return sorted({*np.clip(quantiles, 0, 1).tolist(), strictest})
+    if fall == 1:
+        return sorted({*np.clip(quantiles, 0, 1).tolist(), strictest})
+    falling = {tuple(np.clip(first * factors_T, 0, 1).tolist()) for first in quantiles}
+    return sorted({*falling, (strictest,) * T})
 
 
 def bound_drop(correct_TB: Tensor, exit_B: Tensor, confidence: float = CONFIDENCE) -> float:

@@ -137,8 +137,16 @@ class TeacherConfig(Section):
     """Weights to load instead of timm's: safetensors, or a file that `torch.save` wrote."""
     pretrained: bool = True
     """Fetch timm's weights when there is no checkpoint; false: random weights, for trying things out."""
+    mean: tuple[float, float, float] | None = limited(None, "[-100, 100]")
+    """What its input is normalised with; None: as its file says, or timm's configuration of `name`."""
+    std: tuple[float, float, float] | None = limited(None, "[0.001, 100]")
+    """The standard deviations likewise."""
     min_top1: float = limited(0.0, "[0, 100]", "per cent")
     """Stop before training if the teacher's top-1 on the validation set, in per cent, is below this."""
+
+    def check_together(self, found: Mistakes) -> None:
+        """Both, or neither."""
+        found.require((self.mean is None) == (self.std is None), "teacher.mean and teacher.std: set both, or neither")
 
 
 @dataclass

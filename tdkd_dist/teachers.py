@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from tdkd_dist.config import DataConfig, TeacherConfig
 from tdkd_dist.data.normalise import as_input
 from tdkd_dist.mistakes import Mistake
-from tdkd_dist.weights import load_weights, read_metadata
+from tdkd_dist.weights import load_weights, read_metadata, read_tensors
+
+IMAGENET_CLASSES = 1000
 
 
 class Teacher(nn.Module):
@@ -26,6 +28,8 @@ class Teacher(nn.Module):
 
     scale_C: Tensor
     shift_C: Tensor
+    classes_K: Tensor | None
+    """Which of the model's logits are the data's classes; None: all."""
 
     def __init__(
         self,
@@ -36,9 +40,12 @@ class Teacher(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         input_size: tuple[int, int] | None = None,
+        classes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        self.notes: list[str] = []
+        self.register_buffer("classes_K", None if classes is None else torch.tensor(classes), persistent=False)
         self.input_size = input_size
         self._folded = False
         own_std = torch.tensor(std, dtype=torch.float64)
@@ -74,41 +81,105 @@ class Teacher(nn.Module):
         fold = self._folded and not torch.is_autocast_enabled(x_BCHW.device.type)
         with torch._inductor.config.patch(freezing=fold):
             logits_BK: Tensor = self.model(x_BCHW)
-        return logits_BK
+        return logits_BK if self.classes_K is None else logits_BK[:, self.classes_K]
 
 
 def create_teacher(
-    config: TeacherConfig, data: DataConfig, *, num_classes: int, in_chans: int, weights_file: str | None = None
+    config: TeacherConfig,
+    data: DataConfig,
+    *,
+    num_classes: int,
+    in_chans: int,
+    weights_file: str | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Teacher:
-    """The teacher that a recipe describes, on the CPU.
+    """The teacher that a recipe describes, on the CPU; its `notes` say what was decided.
 
-    `weights_file` holds timm's weights, fetched beforehand by `fetch_weights`. Raises `Mistake` naming
-    `teacher.name` or `teacher.checkpoint` for an unknown model, an unreadable file, or other classes than the data's.
+    One of ImageNet-1k's 1,000 classes serves data of fewer, where `class_names` are their synsets. It is fed in its own
+    normalisation: `teacher.mean` and `teacher.std`, else what its file says, else timm's configuration of the named
+    model and tag; a random one in the data's. `weights_file` holds timm's weights, fetched beforehand by
+    `fetch_weights`. Raises `Mistake` naming `teacher.name` or `teacher.checkpoint` for an unknown model, an unreadable
+    file, or other classes than the data's.
     """
     assert config.name is not None
-    student_mean, student_std = data.normalisation(in_chans)
-    mean, std = student_mean, student_std
-    if config.checkpoint is not None:
-        model = _create(config.name, num_classes, in_chans)
-        load_weights(model, config.checkpoint, "teacher.checkpoint")
-        description = (read_metadata(config.checkpoint) or {}).get("student", {})
-        mean, std = description.get("mean", mean), description.get("std", std)
-    elif config.pretrained:
-        check_pretrained_classes(config.name, num_classes)
+    own = _own_classes(config, num_classes)
+    chosen = None if own == num_classes else choose_classes(config, own, num_classes, class_names)
+    classes = num_classes if chosen is None else own
+    if config.checkpoint is None and config.pretrained:
         overlay = {"file": weights_file} if weights_file else {}
         model = timm.create_model(
-            config.name,
-            pretrained=True,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            pretrained_cfg_overlay=overlay,
+            config.name, pretrained=True, num_classes=classes, in_chans=in_chans, pretrained_cfg_overlay=overlay
         )
-        mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     else:
-        model = _create(config.name, num_classes, in_chans)
+        model = _create(config.name, classes, in_chans)
+    if config.checkpoint is not None:
+        load_weights(model, config.checkpoint, "teacher.checkpoint")
     known: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     size = known["input_size"][-2:] if known.get("fixed_input_size", False) else None
-    return Teacher(model, student_mean=student_mean, student_std=student_std, mean=mean, std=std, input_size=size)
+    student_mean, student_std = data.normalisation(in_chans)
+    mean, std, note = _own_normalisation(config, model, (student_mean, student_std))
+    teacher = Teacher(
+        model, student_mean=student_mean, student_std=student_std, mean=mean, std=std, input_size=size, classes=chosen
+    )
+    teacher.notes = [note] if chosen is None else [note, f"{num_classes} of its {own} classes serve, by synset"]
+    return teacher
+
+
+def _own_classes(config: TeacherConfig, num_classes: int) -> int:
+    """How many classes the weights know."""
+    assert config.name is not None
+    if config.checkpoint is not None:
+        layer = _default_cfg(config.name).get("classifier")
+        weight = read_tensors(config.checkpoint, "teacher.checkpoint").get(f"{layer}.weight")
+        return num_classes if weight is None else weight.shape[0]
+    if config.pretrained:
+        cfg = timm.get_pretrained_cfg(config.name)
+        return num_classes if cfg is None else int(cfg.num_classes)
+    return num_classes
+
+
+def choose_classes(config: TeacherConfig, own: int, num_classes: int, class_names: Sequence[str] | None) -> list[int]:
+    """Which of its 1,000 logits the data's classes are, in the order of their labels.
+
+    Raises `Mistake`, with the mend, if the teacher's classes are not ImageNet-1k's or the names don't tell.
+    """
+    where = (
+        f"teacher.checkpoint={config.checkpoint}" if config.checkpoint is not None else f"teacher.name={config.name}"
+    )
+    wrong = f"{where}: has {own} classes, {num_classes} wanted"
+    if own != IMAGENET_CLASSES or class_names is None:
+        raise Mistake(f"{wrong}; train a teacher on your data and set teacher.checkpoint")
+    from timm.data import ImageNetInfo
+
+    order = {name: k for k, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    unknown = [name for name in class_names if name not in order]
+    if unknown:
+        raise Mistake(
+            f"{wrong}; {unknown[0]} is none of ImageNet-1k's synsets, by which the data's could be found among them:"
+            " name the class folders so (n01440764, ...), or train a teacher on your data"
+        )
+    if len(class_names) != num_classes:
+        raise Mistake(f"{wrong}; the data has {len(class_names)}: set student.num_classes={len(class_names)}")
+    return [order[name] for name in class_names]
+
+
+def _own_normalisation(
+    config: TeacherConfig, model: nn.Module, students: tuple[Sequence[float], Sequence[float]]
+) -> tuple[Sequence[float], Sequence[float], str]:
+    """Mean and standard deviation of what the teacher reads, and who says so."""
+    said = (read_metadata(config.checkpoint) or {}).get("student", {}) if config.checkpoint is not None else {}
+    random = config.checkpoint is None and not config.pretrained
+    cfg = timm.get_pretrained_cfg(config.name)
+    timms: dict[str, Any] = {} if random else vars(cfg) if cfg is not None else getattr(model, "default_cfg", {})
+    for source, found in (
+        ("teacher.mean and teacher.std", {"mean": config.mean, "std": config.std}),
+        ("its file's", said),
+        (f"timm's of {config.name}", timms),
+    ):
+        mean, std = found.get("mean"), found.get("std")
+        if mean is not None and std is not None and len(mean) == len(students[0]):  # timm's are of three channels
+            return mean, std, f"normalised with {source}: mean {list(mean)}, std {list(std)}"
+    return *students, "normalised as the data is"
 
 
 def check_name(config: TeacherConfig) -> None:
@@ -127,14 +198,11 @@ def check_name(config: TeacherConfig) -> None:
             )
 
 
-def check_pretrained_classes(name: str, num_classes: int) -> None:
-    """Raise `Mistake` unless timm's weights of `name` have `num_classes` classes."""
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is not None and cfg.num_classes != num_classes:
-        raise Mistake(
-            f"teacher.name={name}: timm's weights have {cfg.num_classes} classes and student.num_classes is"
-            f" {num_classes}; train a teacher on your data and set teacher.checkpoint"
-        )
+def check_pretrained_classes(config: TeacherConfig, num_classes: int, class_names: Sequence[str] | None = None) -> None:
+    """Raise `Mistake` unless timm's weights know the data's classes, see `choose_classes`."""
+    own = _own_classes(config, num_classes)
+    if own != num_classes:
+        choose_classes(config, own, num_classes, class_names)
 
 
 def fetch_weights(name: str) -> str:
@@ -177,3 +245,9 @@ def _create(name: str, num_classes: int, in_chans: int) -> nn.Module:
     # "resnet34.tv_in1k" is an architecture and a tag of weights; without the weights only the architecture counts.
     model: nn.Module = timm.create_model(name.split(".")[0], num_classes=num_classes, in_chans=in_chans)
     return model
+
+
+def _default_cfg(name: str) -> dict[str, Any]:
+    with torch.device("meta"):
+        found: dict[str, Any] = timm.create_model(name.split(".")[0]).default_cfg
+    return found

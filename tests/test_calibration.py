@@ -119,3 +119,26 @@ def test_the_pictures_are_those_that_are_signed(tmp_path):
         assert not rest
         assert images[:, 0, 16, 16].tolist() == [10 * count + k for k in range(count)]
     assert len(signatures) == 2
+
+
+@pytest.mark.parametrize("kind", ["confidence", "entropy", "margin"])
+def test_falling_thresholds_need_fewer_timesteps_for_the_same_bound(kind):
+    logits, labels = draw(0, 4000)
+    falling, constant = (calibrate(logits, labels, kind, max_drop=1.5, fall=fall) for fall in (0.85, 1.0))
+    assert isinstance(constant.threshold, float)
+    assert isinstance(falling.threshold, tuple)
+    assert len(falling.threshold) == T
+    factor = 1 / 0.85 if kind == "entropy" else 0.85
+    inside = [
+        (x, y) for x, y in zip(falling.threshold, falling.threshold[1:], strict=False) if 0 < min(x, y) <= max(x, y) < 1
+    ]
+    assert inside
+    assert all(y == pytest.approx(x * factor) for x, y in inside)
+    assert falling.calibration["drop_bound"] <= 1.5
+    assert falling.calibration["mean_timesteps"] < constant.calibration["mean_timesteps"]
+
+
+@pytest.mark.parametrize("fall", [0.0, -1.0, 1.5, float("nan")])
+def test_what_thresholds_cannot_fall_by(fall):
+    with pytest.raises(Mistake, match="fall="):
+        calibrate(*draw(0, 100), "margin", max_drop=1.0, fall=fall)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = """
 mistakes
-files curves distributed
+files curves distributed memory
 limits command_line batch_norm losses
 neuron_config launcher_config metrics
 config neurons

@@ -1,11 +1,14 @@
 """The frozen teacher: its own normalisation, its own size, the data's classes."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 
 from tdkd_dist.config import DataConfig, StudentConfig, TeacherConfig
 from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.teachers import Teacher, check_name, check_pretrained_classes, create_teacher, fetch_weights
 from tdkd_dist.weights import save_student
 
@@ -71,7 +74,7 @@ def test_a_file_with_other_classes_is_refused(tmp_path):
     path = tmp_path / "teacher.safetensors"
     checkpoint(path, num_classes=7)
     config = TeacherConfig(name="resnet10t", checkpoint=str(path))
-    with pytest.raises(ValueError, match=rf"^teacher\.checkpoint={path}: has 7 classes, 5 wanted$"):
+    with pytest.raises(ValueError, match=rf"^teacher\.checkpoint={path}: has 7 classes, 5 wanted; train a"):
         create_teacher(config, DataConfig(), num_classes=5, in_chans=3)
 
 
@@ -81,9 +84,75 @@ def test_names_are_checked_before_anything_is_fetched():
     with pytest.raises(ValueError, match=r"resnet34\.nonsense"):
         check_name(TeacherConfig(name="resnet34.nonsense"))
     check_name(TeacherConfig(name="resnet34.tv_in1k"))
-    check_pretrained_classes("resnet34.tv_in1k", 1000)
-    with pytest.raises(ValueError, match=r"timm's weights have 1000 classes and student\.num_classes is 10"):
-        check_pretrained_classes("resnet34.tv_in1k", 10)
+    config = TeacherConfig(name="resnet34.tv_in1k")
+    check_pretrained_classes(config, 1000)
+    with pytest.raises(ValueError, match=r"^teacher\.name=resnet34\.tv_in1k: has 1000 classes, 10 wanted; train a"):
+        check_pretrained_classes(config, 10)
+
+
+IMAGENETTE = ["n01440764", "n02102040", "n03888257"]
+"""The first, the 218th and the 702nd of ImageNet-1k's synsets."""
+
+
+def imagenet_teacher(tmp_path, **changes: object) -> TeacherConfig:
+    """Weights of 1,000 classes, as somebody hands them out."""
+    torch.manual_seed(1)
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "imagenet.pt")
+    return TeacherConfig(name="resnet10t", checkpoint=str(tmp_path / "imagenet.pt"), **changes)
+
+
+def test_a_teacher_of_imagenet_serves_a_part_of_its_classes(tmp_path):
+    config, x = imagenet_teacher(tmp_path), torch.randn(4, 3, 64, 64)
+    every = create_teacher(config, DataConfig(), num_classes=1000, in_chans=3)
+    some = create_teacher(config, DataConfig(), num_classes=3, in_chans=3, class_names=IMAGENETTE)
+    assert torch.equal(some(x), every(x)[:, [0, 217, 701]])
+    assert some.notes[1] == "3 of its 1000 classes serve, by synset"
+    assert len(every.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "line"),
+    [
+        (None, 3, "has 1000 classes, 3 wanted; train a teacher on your data"),
+        (["tench", "spaniel", "chute"], 3, "tench is none of ImageNet-1k's synsets"),
+        (IMAGENETTE, 5, "the data has 3: set student.num_classes=3"),
+    ],
+)
+def test_names_that_do_not_tell_the_classes_are_refused(names, classes, line, tmp_path):
+    with pytest.raises(Mistake, match=f"^teacher.checkpoint=.*{line}"):
+        create_teacher(imagenet_teacher(tmp_path), DataConfig(), num_classes=classes, in_chans=3, class_names=names)
+
+
+def test_weights_from_a_file_are_fed_in_the_model_s_own_normalisation(tmp_path):
+    data = DataConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    pixels = torch.rand(2, 3, 32, 32)
+    as_student = (pixels - torch.tensor(data.mean).view(3, 1, 1)) / torch.tensor(data.std).view(3, 1, 1)
+
+    def seen(config: TeacherConfig) -> tuple[torch.Tensor, str]:
+        teacher = create_teacher(config, data, num_classes=1000, in_chans=3)
+        found = []
+        teacher.model.register_forward_pre_hook(lambda _, x: found.append(x[0]))
+        teacher(as_student)
+        return found[0], teacher.notes[0]
+
+    config = imagenet_teacher(tmp_path)
+    own = timm.get_pretrained_cfg("resnet10t")
+    x, note = seen(config)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (own.mean, own.std))
+    torch.testing.assert_close(x, (pixels - mean) / std)
+    assert note.startswith("normalised with timm's of resnet10t: mean")
+    x, note = seen(replace(config, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
+    torch.testing.assert_close(x, (pixels - 0.5) / 0.25)
+    assert note.startswith("normalised with teacher.mean and teacher.std")
+    checkpoint(tmp_path / "ours.safetensors", num_classes=1000)
+    x, note = seen(replace(config, checkpoint=str(tmp_path / "ours.safetensors")))
+    torch.testing.assert_close(x, as_student)
+    assert note.startswith("normalised with its file's: mean [0.1, 0.2, 0.3]")
+    x, note = seen(TeacherConfig(name="resnet10t", pretrained=False))
+    assert torch.equal(x, as_student)
+    assert note == "normalised as the data is"
+    with pytest.raises(Mistake, match=r"teacher\.mean and teacher\.std: set both"):
+        TeacherConfig(name="resnet10t", mean=(0.5, 0.5, 0.5))
 
 
 def test_without_a_network_the_user_is_told_what_to_do(tmp_path, monkeypatch):

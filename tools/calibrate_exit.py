@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.memory import keep_freed_memory
 from tdkd_dist.mistakes import require
 
 
@@ -31,6 +32,9 @@ def choose(argv: list[str]) -> None:
     aim = parser.add_mutually_exclusive_group(required=True)
     aim.add_argument("--max-drop", type=float, metavar="POINTS")
     aim.add_argument("--mean-timesteps", type=float, metavar="X")
+    parser.add_argument(
+        "--fall", type=float, default=0.85, metavar="F", help="of thresholds, a timestep; 1: one for all"
+    )
     parser.add_argument("--timesteps", type=int, metavar="T", help="the most that are run (default: the student's own)")
     parser.add_argument("--split", choices=("train", "val"), help="of a source that holds both")
     parser.add_argument("--out", type=Path, required=True, metavar="RULE.json")
@@ -38,16 +42,20 @@ def choose(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
     require(args.out.parent.is_dir(), f"--out {args.out}: no such folder")
+    require(0 < args.fall <= 1, f"--fall {args.fall}: must be above 0 and at most 1")
     require(args.workers >= 1, f"--workers {args.workers}: must be at least 1")
     require(args.timesteps is None or args.timesteps >= 1, f"--timesteps {args.timesteps}: must be at least 1")
 
     from tdkd_dist.anytime import AnytimeStudent, Kind
-    from tdkd_dist.calibration import calibrate, read_logits
+    from tdkd_dist.calibration import FALL, calibrate, read_logits
 
-    assert get_args(Kind) == kinds
+    assert (get_args(Kind), parser.get_default("fall")) == (kinds, FALL)
+    keep_freed_memory()
     student = AnytimeStudent.load(args.student, num_timesteps=args.timesteps, device=args.device)
     logits_TBK, labels_B, signature = read_logits(student, args.heldout, split=args.split, workers=args.workers)
-    rule = calibrate(logits_TBK, labels_B, args.rule, max_drop=args.max_drop, mean_timesteps=args.mean_timesteps)
+    rule = calibrate(
+        logits_TBK, labels_B, args.rule, max_drop=args.max_drop, mean_timesteps=args.mean_timesteps, fall=args.fall
+    )
     rule.calibration.update({"data": str(args.heldout), "signature": signature, "student": str(args.student)})
     rule.save(args.out)
     print(describe(rule, args.out))
@@ -56,9 +64,11 @@ def choose(argv: list[str]) -> None:
 def describe(rule: Any, path: Path) -> str:
     """The rule and what it costs, in three lines."""
     found = rule.calibration
+    thresholds = rule.threshold if isinstance(rule.threshold, tuple) else (rule.threshold,)
+    asked = ", ".join(f"{threshold:.4g}" for threshold in thresholds[: max(1, rule.num_timesteps - 1)])
     shares = ", ".join(f"{share:.1f} % at {t}" for t, share in enumerate(found["histogram"], start=1))
     return (
-        f"{path}: {rule.kind} {rule.threshold:.4g}, at most {rule.num_timesteps} timesteps\n"
+        f"{path}: {rule.kind} {asked}, at most {rule.num_timesteps} timesteps\n"
         f"on {found['samples']} held-out pictures: {found['mean_timesteps']:.2f} timesteps on average ({shares})\n"
         f"top-1 {found['top1']:.2f} %, after all timesteps {found['top1_at_T']:.2f} %;"
         f" with 95 % confidence at most {found['drop_bound']:.2f} points are lost"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.memory import keep_freed_memory
 from tdkd_dist.mistakes import Mistake, printable, require
 
 TOP = 5
@@ -36,6 +37,7 @@ def classify(argv: list[str]) -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     require(args.timesteps is None or args.timesteps >= 1, f"--timesteps {args.timesteps}: must be at least 1")
+    keep_freed_memory()
     answers, broken = answer(args)
     if args.json:
         print("\n".join(json.dumps(row) for row in answers))

@@ -67,20 +67,21 @@ def export(args: argparse.Namespace) -> int:
     import torch
 
     from tdkd_dist.anytime import AnytimeStudent
+    from tdkd_dist.data.normalise import as_input
     from tdkd_dist.export import agreement, nir, plain
 
     student = AnytimeStudent.load(args.student, num_timesteps=args.timesteps)
-    model = student.model
-    model.set_num_timesteps(student.num_timesteps)
+    model, T = student.model, student.num_timesteps
+    model.set_num_timesteps(T)
     if args.format == "nir":
         nir.refuse(model, args.host_stem)
     pictures, where = agreement.real_pictures(student, args.student, args.pictures, args.count)
-    images = student.prepare(pictures)
+    images = as_input(student.prepare(pictures), T)
     with torch.no_grad():
         own, exact = model(images), agreement.exact(model, images)
     folded = plain.fold_batch_norms(model)
     with ExitStack() as written:
-        for path, reader, write, read in writers(args, folded):
+        for path, reader, write, read in writers(args, folded, T if images.ndim == 5 else None):
             unproven = written.enter_context(whole(path))
             write(unproven)
             found = agreement.compare(exact, own, read(unproven, agreement.batches(images)))
@@ -96,7 +97,7 @@ Write = Callable[[Path], None]
 Read = Callable[[Path, "list[Tensor]"], "Tensor"]
 
 
-def writers(args: argparse.Namespace, folded: "SpikingNet") -> list[tuple[Path, str, Write, Read]]:
+def writers(args: argparse.Namespace, folded: "SpikingNet", frames: int | None) -> list[tuple[Path, str, Write, Read]]:
     """Of each file: its path, who reads it back, how it is written, and how it is read back."""
     from tdkd_dist.export import nir, onnx, program
 
@@ -105,20 +106,20 @@ def writers(args: argparse.Namespace, folded: "SpikingNet") -> list[tuple[Path, 
     if args.format == "nir":
 
         def read(path: Path, batches: "list[Tensor]") -> "Tensor":
-            stem = (lambda x: folded.prepare(x)) if args.host_stem else (lambda x: x)
-            return nir.read_back(path, [stem(x) for x in batches], T)
+            seen = [nir.after_stem(folded, x) for x in batches] if args.host_stem else batches
+            return nir.read_back(path, seen, T)
 
         write = partial(nir.write, folded, dt=args.dt, host_stem=args.host_stem)
         return [(dest, f"NIRTorch {version('nirtorch')} in float64", write, read)]
     if args.format == "program":
         reader = "a process without this package"
         return [
-            (dest, reader, partial(program.write, folded), program.read_back),
+            (dest, reader, partial(program.write, folded, frames=frames), program.read_back),
             (step, reader, partial(program.write_step, folded), partial(program.read_back_step, num_timesteps=T)),
         ]
     reader = f"onnxruntime {version('onnxruntime')}"
     return [
-        (dest, reader, partial(onnx.write, folded), onnx.read_back),
+        (dest, reader, partial(onnx.write, folded, frames=frames), onnx.read_back),
         (step, reader, partial(onnx.write_step, folded), partial(onnx.read_back_step, num_timesteps=T)),
     ]
 

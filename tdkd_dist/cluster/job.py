@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tdkd_dist.config import Config
 from tdkd_dist.files import private_folder
+from tdkd_dist.memory import keep_freed_memory
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.run.heartbeat import Heartbeat, outlasting
 
@@ -153,6 +154,7 @@ def _device(config: Config, local_rank: int) -> Any:
     import torch
 
     if config.launcher.gpus_per_node == 0:
+        keep_freed_memory()
         return torch.device("cpu")
     available = torch.cuda.device_count()
     if local_rank >= available:

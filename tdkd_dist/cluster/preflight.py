@@ -1,6 +1,7 @@
 """All that can be checked before a job is submitted and a GPU touched."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class Findings:
     val_samples: int | None = None
     teacher_weights: str | None = None
     """timm's weights of the teacher on this machine."""
+    class_names: Sequence[str] | None = None
+    """Of the data, where it has them."""
     data: dict[str, str] = field(default_factory=dict)
     """The signature of each split that is here."""
     absent: list[str] = field(default_factory=list)
@@ -136,11 +139,12 @@ def _check_data(config: Config, split: str, found: Findings, dry_run: bool) -> i
         return None
     if config.data.format == "imagefolder":
         source = open_pictures(path, key)
-        samples, classes = len(source.labels), count_classes(source)
+        samples, classes, found.class_names = len(source.labels), count_classes(source), source.class_names
         found.data[split] = signature_of(source)
     else:
         info = check_beton(path, key)
         check_frames(config.data, key, info, config.student.in_chans)
+        found.class_names = info.class_names
         samples, classes = info.num_samples, max(info.num_classes or 0, info.largest_label + 1)
         found.data[split] = info.signature
     require(
@@ -216,9 +220,10 @@ def _check_teacher(config: Config, found: Findings, dry_run: bool) -> None:
     check_name(teacher)
     if teacher.checkpoint is not None:
         if _is_here(teacher.checkpoint, "teacher.checkpoint", found, dry_run):
-            create_teacher(teacher, config.data, num_classes=student.num_classes, in_chans=student.in_chans)
+            classes, channels, names = student.num_classes, student.in_chans, found.class_names
+            create_teacher(teacher, config.data, num_classes=classes, in_chans=channels, class_names=names)
     elif teacher.pretrained:
         assert teacher.name is not None
-        check_pretrained_classes(teacher.name, student.num_classes)
+        check_pretrained_classes(teacher, student.num_classes, found.class_names)
         if not dry_run:
             found.teacher_weights = fetch_weights(teacher.name)

@@ -80,27 +80,31 @@ def exact(model: SpikingNet, images: Tensor) -> Tensor:
 
 
 def batches(images: Tensor) -> list[Tensor]:
-    """`images` `[B, ...]` in batches of 1, 3 and the rest."""
-    sizes = [*SIZES, len(images) - sum(SIZES)]
-    return [batch.contiguous() for batch in torch.split(images, sizes)]
+    """Images `[B, C, H, W]`, or frames `[T, B, C, H, W]`, in batches of 1, 3 and the rest."""
+    sizes = [*SIZES, images.shape[-4] - sum(SIZES)]
+    return [batch.contiguous() for batch in torch.split(images, sizes, dim=-4)]
 
 
 def real_pictures(student: AnytimeStudent, path: Path, given: list[Path], count: int) -> tuple[Tensor, str]:
-    """`count` uint8 pictures `[B, C, H, W]` for the student in the file `path`, and where they are from.
+    """`count` uint8 pictures `[B, C, H, W]`, or recordings' frames `[B, T, C, H, W]`, and where they are from.
 
-    Those that are given: files, or whatever pictures are read from; else the validation set of the run that the file
-    lies in; else parts of the photograph that Matplotlib brings. Raises `Mistake` for what cannot be read.
+    `path` is the student's file. Those that are given: files, or whatever pictures are read from; else the validation
+    set of the run that the file lies in; else parts of the photograph that Matplotlib brings. Raises `Mistake` for what
+    cannot be read.
     """
-    if given and not (len(given) == 1 and (given[0].is_dir() or given[0].suffix in SETS)):
+    recordings = student.frames is not None
+    if given and not recordings and not (len(given) == 1 and (given[0].is_dir() or given[0].suffix in SETS)):
         pictures = [read_picture(p, student.image_size, student.crop_pct) for p in given]
         return torch.stack([pictures[k % len(pictures)] for k in range(count)]), f"{len(given)} files"
     source = given[0] if given else _validation_set(path)
     if source is not None:
         loader, _ = open_labelled(student, source, batch_size=count, workers=1)
         try:
-            return next(iter(loader))[0][:count].clone(), str(source)
+            found = next(iter(loader))[0][:count].clone()
+            return found[torch.arange(count) % len(found)], str(source)
         finally:
             loader.close()
+    require(not recordings, "this student reads recordings: give a beton of them with --pictures")
     return _photograph(student, count), "parts of Matplotlib's photograph"
 
 

@@ -240,14 +240,21 @@ def _shapes(model: SpikingNet) -> dict[str, _Shape]:
 
 
 @torch.no_grad()
+def after_stem(model: SpikingNet, x: Tensor) -> Tensor:
+    """What the host computes of images `[B, C, H, W]`, or of each frame `[T, B, C, H, W]`, for a graph without stem."""
+    return model.prepare(x) if x.ndim == 4 else torch.stack([model.prepare(frame) for frame in x])
+
+
+@torch.no_grad()
 def read_back(path: Path, batches: Iterable[Tensor], num_timesteps: int) -> Tensor:
-    """The logits `[T, sum of B, K]` of a written graph, run by NIRTorch in float64, for batches of what it reads."""
+    """The logits `[T, sum of B, K]` of a written graph, run by NIRTorch in float64, for batches of what it reads;
+    of frames `[T, B, C, H, W]`, one a timestep."""
     run = open_graph(path)
     logits = []
     for x in batches:
         state, steps = None, []
-        for _ in range(num_timesteps):
-            answer, state = run(x.double(), state)
+        for t in range(num_timesteps):
+            answer, state = run((x if x.ndim == 4 else x[t]).double(), state)
             steps.append(answer)
         logits.append(torch.stack(steps))
     return torch.cat(logits, dim=1)

@@ -24,9 +24,12 @@ Run = Callable[[dict[str, Any]], list[Any]]
 """Outputs of a graph for arrays by the names of its inputs."""
 
 
-def write(model: SpikingNet, path: Path) -> None:
-    """Write all timesteps of the student: `images` `[B, C, H, W]`, normalised, to `logits` `[T, B, K]`; any B."""
-    _write(export_whole(model), path, ["images"], ["logits"], describe(model))
+def write(model: SpikingNet, path: Path, frames: int | None = None) -> None:
+    """Write all timesteps of the student: `images` `[B, C, H, W]`, normalised, to `logits` `[T, B, K]`; any B.
+
+    `frames`: `images` are so many frames, `[T, B, C, H, W]`.
+    """
+    _write(export_whole(model, frames), path, ["images"], ["logits"], describe(model))
 
 
 def write_step(model: SpikingNet, path: Path) -> None:
@@ -39,7 +42,7 @@ def write_step(model: SpikingNet, path: Path) -> None:
 def describe(model: SpikingNet) -> dict[str, str]:
     """What a user of the graph must know: how pictures become images, T, and the classes' names if they are known."""
     shown = model.default_cfg
-    found = {key: shown.get(key) for key in ("input_size", "mean", "std", "crop_pct", "label_names")}
+    found = {key: shown.get(key) for key in ("input_size", "mean", "std", "crop_pct", "label_names", "frames")}
     return {"num_timesteps": str(model.num_timesteps)} | {k: json.dumps(v) for k, v in found.items() if v is not None}
 
 
@@ -103,10 +106,10 @@ def read_back_step(path: Path, batches: Iterable[Tensor], num_timesteps: int) ->
 
 def _run_steps(run: Run, inputs: Sequence[Any], images: Any, num_timesteps: int) -> Tensor:
     shapes = {x.name: [d.dim_value for d in x.type.tensor_type.shape.dim[1:]] for x in inputs}
-    state = {name: np.zeros((len(images), *shape), images.dtype) for name, shape in shapes.items()}
+    state = {name: np.zeros((images.shape[-4], *shape), images.dtype) for name, shape in shapes.items()}
     logits = []
-    for _ in range(num_timesteps):
-        answer, *after = run({"images": images, **state})
+    for t in range(num_timesteps):
+        answer, *after = run({"images": images if images.ndim == 4 else images[t], **state})
         logits.append(torch.from_numpy(answer))
         state = dict(zip(state, after, strict=True))
     return torch.stack(logits)

@@ -24,10 +24,11 @@ program = torch.export.load(path)
 images = numpy.load(f"{folder}/images.npz", allow_pickle=False)
 
 def steps(x):
+    count = x.shape[-4]
     inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
-    state = [torch.zeros(len(x), *m.shape[1:], dtype=m.dtype) for m in inputs[1:]]
-    for _ in range(int(num_timesteps)):
-        logits, *state = run(x, *state)
+    state = [torch.zeros(count, *m.shape[1:], dtype=m.dtype) for m in inputs[1:]]
+    for t in range(int(num_timesteps)):
+        logits, *state = run(x if x.ndim == 4 else x[t], *state)
         yield logits
 
 run = program.module()
@@ -56,9 +57,12 @@ def export_step(step: OneStep) -> torch.export.ExportedProgram:
     return torch.export.export(step, (images, *membranes), dynamic_shapes=(batch, tuple(batch for _ in membranes)))
 
 
-def write(model: SpikingNet, path: Path) -> None:
-    """Write the student, whose batch norms are folded, as a program of all its timesteps (`torch.export.load`)."""
-    write_program(export_whole(model), path)
+def write(model: SpikingNet, path: Path, frames: int | None = None) -> None:
+    """Write the student, whose batch norms are folded, as a program of all its timesteps (`torch.export.load`).
+
+    `frames`: it reads so many frames `[T, B, C, H, W]`, and not an image.
+    """
+    write_program(export_whole(model, frames), path)
 
 
 def write_step(model: SpikingNet, path: Path) -> None:
@@ -78,7 +82,7 @@ def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def read_back(path: Path, batches: Iterable[Tensor]) -> Tensor:
-    """The logits `[T, sum of B, K]` of a written program for batches of images, in a process that knows nothing of us.
+    """The logits `[T, sum of B, K]` of a written program for batches of images or frames, in a process of strangers.
 
     Raises `RuntimeError` with what that process said if it fails.
     """

@@ -54,7 +54,7 @@ def running_features(run: RunData, num_images: int) -> tuple[torch.Tensor, Label
         device=torch.device("cpu"),
         workers=data.workers or distributed.cores_per_rank(),
     )
-    normalise = Normalise(data.mean, data.std)
+    normalise = Normalise(model.default_cfg["mean"], model.default_cfg["std"])
     model.set_num_timesteps(run.config.eval_timesteps)
     pooled, labels = [], []
     with torch.no_grad():

@@ -4,7 +4,7 @@ Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ from tdkd_dist.training.guard import StepGuard
 from tdkd_dist.training.meter import TrainMeter
 from tdkd_dist.training.rank import Place, Run
 from tdkd_dist.training.step import TrainStep
-from tdkd_dist.weights import load_weights
+from tdkd_dist.weights import load_weights, read_metadata
 
 
 def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, should_stop: Callable[[], bool]) -> bool:
@@ -61,7 +61,7 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
     )
     try:
         distributed.meet(opening)  # here, where nobody counts as hanging while another copies its data
-        normalise = Normalise(config.data.mean, config.data.std).to(place.device)
+        normalise = Normalise(*_normalisation(config, log)).to(place.device)
         parts = Run(config, folder, place, log, heartbeat, normalise, validation)
         heartbeat.beat("building networks", 0)
         student = _build_student(config).to(place.device)
@@ -71,6 +71,22 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
     finally:
         # Its processes outlive TERM for a while: left to Python's exit, a finished job would wait for them.
         validation.close()
+
+
+def _normalisation(config: Config, log: Log) -> tuple[Sequence[float], Sequence[float]]:
+    """Of the student's input: what is evaluated is fed as it was trained, whatever the recipe says."""
+    own = config.data.normalisation(config.student.in_chans)
+    path = config.student.checkpoint
+    said = (read_metadata(path) or {}).get("student", {}) if path is not None else {}
+    found = tuple(said.get("mean", own[0])), tuple(said.get("std", own[1]))
+    if found == own or len(found[0]) != len(own[0]):
+        return own
+    differs = f"student.checkpoint={path} was trained with mean {list(found[0])} and std {list(found[1])}"
+    if config.train.epochs == 0:
+        log.say(f"{differs}: evaluated so, and not with data.mean and data.std")
+        return found
+    log.say(f"warning: {differs}, and goes on with data.mean={list(own[0])} and data.std={list(own[1])}")
+    return own
 
 
 def _build_student(config: Config) -> nn.Module:
@@ -331,5 +347,8 @@ def _build_teacher(parts: Run) -> Teacher | None:
         num_classes=config.student.num_classes,
         in_chans=config.student.in_chans,
         weights_file=place.teacher_weights,
+        class_names=parts.validation.class_names,
     )
+    for note in teacher.notes:
+        parts.log.say(f"teacher {config.teacher.name}: {note}")
     return teacher.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]

@@ -28,10 +28,15 @@ from step import processor
 from torch import Tensor
 
 from tdkd_dist.anytime import AnytimeStudent, ExitRule
-from tdkd_dist.calibration import open_labelled
+from tdkd_dist.calibration import candidates, open_labelled
 from tdkd_dist.command_line import Parser, publish, run_tool
+from tdkd_dist.exits import SCORED
 from tdkd_dist.files import write_json
+from tdkd_dist.losses import ensembles
+from tdkd_dist.memory import keep_freed_memory
+from tdkd_dist.metrics import label_rank
 from tdkd_dist.mistakes import require
+from tdkd_dist.run.figures import draw_early_exit
 
 LATENCIES = (("batch_p50_ms", "batch_p99_ms"), ("single_p50_ms", "single_p99_ms"))
 """Names of the figures of a batch and of an image alone: median and 99th percentile."""
@@ -57,6 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: one a core)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw accuracy against mean timesteps")
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
     options = parser.parse_args(argv)
     for name in ("images", "batch", "rounds", "batches", "singles", "threads"):
@@ -68,18 +74,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> None:
     """The measurement. Raises `Mistake`."""
+    keep_freed_memory()
     rule = ExitRule.load(options.exit)
     student = AnytimeStudent.load(options.student, options.exit, device=options.device)
     images_BCHW, labels_B = read_images(student, rule, options)
     torch.set_num_threads(options.threads)
     T, model = student.num_timesteps, student.model
     ways = contestants(model, rule, T, student.device, compiled=options.compile)
+    if options.figure:
+        draw(options.figure, student, rule, images_BCHW, labels_B)
     results = {way.title: describe(way, *answer_all(way, images_BCHW, options.batch), labels_B) for way in ways}
     compete(ways, results, images_BCHW, options)
     facts = {
         "student": options.student.name,
         "timesteps": T,
-        "rule": f"{rule.kind} {rule.threshold}",
+        "rule": f"{rule.kind} {', '.join(f'{rule.threshold_at(t):.4g}' for t in range(1, max(T, 2)))}",
         "images": len(labels_B),
         "size": student.image_size,
         "batch": options.batch,
@@ -116,6 +125,25 @@ def read_images(student: AnytimeStudent, rule: ExitRule, options: argparse.Names
     known = student.model.num_classes
     require(int(labels_B.max()) < known, f"{options.data}: has more classes than the student, {known}")
     return images_BCHW, labels_B
+
+
+def draw(path: Path, student: AnytimeStudent, rule: ExitRule, images_BCHW: Tensor, labels_B: Tensor) -> None:
+    """The figure: every threshold of the rules that have one, on the pictures that are reported on."""
+    logits_TBK = torch.cat([student.all_logits(part).cpu() for part in torch.split(images_BCHW, 500)], dim=1)
+    means_TBK = ensembles(logits_TBK)
+    correct_TB = label_rank(means_TBK, labels_B) == 0
+
+    def point(exit_B: Tensor) -> tuple[float, float]:
+        right_B = correct_TB.gather(0, (exit_B - 1).unsqueeze(0))
+        return float(exit_B.double().mean()), 100 * float(right_B.double().mean())
+
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for kind in SCORED:
+        measured_TB = ExitRule(kind, 0).measure(means_TBK)
+        tried = candidates(kind, measured_TB)
+        curves[kind] = [point(ExitRule(kind, threshold).decide_measured(measured_TB)) for threshold in tried]
+    fixed = (100 * correct_TB.double().mean(1)).tolist()
+    draw_early_exit(path, fixed, curves, point(rule.decide(logits_TBK)))
 
 
 def answer_all(way: Contestant, images_BCHW: Tensor, batch: int) -> tuple[Tensor, Tensor]:
