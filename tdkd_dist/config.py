@@ -141,6 +141,8 @@ class TeacherConfig(Section):
     """What its input is normalised with; None: as its file says, or timm's configuration of `name`."""
     std: tuple[float, float, float] | None = limited(None, "[0.001, 100]")
     """The standard deviations likewise."""
+    image_size: int | None = limited(None, ">= 1", most=4096)
+    """Resize the student's crops to this for the teacher; None: it sees them as they are, where its model allows."""
     min_top1: float = limited(0.0, "[0, 100]", "per cent")
     """Stop before training if the teacher's top-1 on the validation set, in per cent, is below this."""
 
@@ -180,8 +182,11 @@ class LossConfig(Section):
     """Cross-entropy + alpha * distillation + beta * self-distillation (Yu et al., ICML 2025); see `losses`."""
 
     section: ClassVar[str] = "loss"
-    target: Literal["temporal", "ensemble", "prefix"] = "temporal"
-    """Which logits each term sees: every timestep's own, the final ensemble only, or the ensemble after each step."""
+    target: Literal["temporal", "ensemble", "prefix", "mix"] = "temporal"
+    """Which logits each term sees: every timestep's own, the final ensemble only, the ensemble after each step, or half
+    of the first and half of the last (`mix`)."""
+    standardise: bool = False
+    """In both distillation terms, subtract the logits' mean over classes and divide by their standard deviation."""
     alpha: float = limited(0.2, ">= 0", most=10_000)
     """Weight of the teacher's term; 0: the teacher is not run."""
     beta: float = limited(0.5, ">= 0", most=10_000)

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from tdkd_dist.mistakes import Mistake
 
+SPREAD_EPS = 1e-7
+"""Added to the standard deviation of logits, which is 0 where all are equal."""
+
 
 class LossTerms(NamedTuple):
     """The weighted sum and its terms, each a mean over timesteps and batch before its weight."""
@@ -38,8 +41,11 @@ class TemporalDistillationLoss(nn.Module):
     `self_target` says what s is: "ensemble", the mean of z_t over all timesteps (the paper); "correct_only", the mean
     over the timesteps that classify the sample correctly, zeros if none does (the paper's released code).
     `target` says which logits stand for z_t in the terms: "temporal", each timestep's own; "ensemble", the mean over
-    all timesteps alone (standard logit distillation); "prefix", the mean over the first t timesteps, which is what is
-    deployed at t. The self-target is always made of the timesteps' own logits.
+    all timesteps alone (standard logit distillation); "prefix", the mean m_t over the first t timesteps, which is what
+    is deployed at t; "mix", both z_t and m_t, each with half the weight, except that self-distillation sees m_t alone.
+    The self-target is always made of the timesteps' own logits. With `standardise` both divergences are of logits from
+    which their mean over classes was subtracted, and which were divided by their standard deviation (Sun et al., CVPR
+    2024): their scale may differ from step to step.
 
     Two more, off by default, are always of the timesteps' own logits and their ensembles m_t = mean(z_1..z_t):
 
@@ -56,7 +62,8 @@ class TemporalDistillationLoss(nn.Module):
         temperature: float,
         self_target: Literal["ensemble", "correct_only"] = "ensemble",
         *,
-        target: Literal["temporal", "ensemble", "prefix"] = "temporal",
+        target: Literal["temporal", "ensemble", "prefix", "mix"] = "temporal",
+        standardise: bool = False,
         label_smoothing: float = 0.0,
         consistency: float = 0.0,
         tet: float = 0.0,
@@ -64,8 +71,8 @@ class TemporalDistillationLoss(nn.Module):
         super().__init__()
         if self_target not in ("ensemble", "correct_only"):
             raise Mistake(f"loss.self_target={self_target}: must be ensemble or correct_only")
-        if target not in ("temporal", "ensemble", "prefix"):
-            raise Mistake(f"loss.target={target}: must be temporal, ensemble or prefix")
+        if target not in ("temporal", "ensemble", "prefix", "mix"):
+            raise Mistake(f"loss.target={target}: must be temporal, ensemble, prefix or mix")
         if not temperature > 0:
             raise Mistake(f"loss.temperature={temperature}: must be positive")
         self.alpha = alpha
@@ -73,6 +80,7 @@ class TemporalDistillationLoss(nn.Module):
         self.temperature = temperature
         self.self_target = self_target
         self.target = target
+        self.standardise = standardise
         self.label_smoothing = label_smoothing
         self.consistency = consistency
         self.tet = tet
@@ -90,12 +98,14 @@ class TemporalDistillationLoss(nn.Module):
         log_probs_SBK = F.log_softmax(seen_SBK, dim=-1)
         ce = self._cross_entropy(log_probs_SBK, labels)
         kl = sd = consistency = mse = z_TBK.new_zeros(())
-        if (self.alpha or self.beta) and self.temperature != 1:
-            log_probs_SBK = F.log_softmax(seen_SBK / self.temperature, dim=-1)
+        if (self.alpha or self.beta) and (self.temperature != 1 or self.standardise):
+            log_probs_SBK = self._soft(seen_SBK)
         if self.alpha and teacher_logits_BK is not None:
             kl = self._divergence(_at_least_fp32(teacher_logits_BK).to(z_TBK.dtype), log_probs_SBK)
         if self.beta:
-            sd = self._divergence(self._self_target(z_TBK.detach(), labels), log_probs_SBK)
+            # A mixture's second half are the ensembles.
+            own_SBK = log_probs_SBK[len(z_TBK) :] if self.target == "mix" else log_probs_SBK
+            sd = self._divergence(self._self_target(z_TBK.detach(), labels), own_SBK)
         total = (1 - self.tet) * ce + self.alpha * kl + self.beta * sd
         if self.consistency and len(z_TBK) > 1:
             mean_TBK = ensembles(z_TBK)
@@ -111,7 +121,14 @@ class TemporalDistillationLoss(nn.Module):
             return z_TBK
         if self.target == "ensemble":
             return z_TBK.mean(0, keepdim=True)
-        return ensembles(z_TBK)
+        return torch.cat([z_TBK, ensembles(z_TBK)]) if self.target == "mix" else ensembles(z_TBK)
+
+    def _soft(self, logits: Tensor) -> Tensor:
+        """Logarithms of the probabilities that the divergences compare."""
+        if self.standardise:
+            spread = logits.std(-1, correction=0, keepdim=True)
+            logits = (logits - logits.mean(-1, keepdim=True)) / (spread + SPREAD_EPS)
+        return F.log_softmax(logits / self.temperature, dim=-1)
 
     def _cross_entropy(self, log_probs_SBK: Tensor, labels: Tensor) -> Tensor:
         S, _, K = log_probs_SBK.shape
@@ -129,7 +146,7 @@ class TemporalDistillationLoss(nn.Module):
         return (z_TBK * correct_TB1).sum(0) / (correct_TB1.sum(0, dtype=z_TBK.dtype) + 1e-8)
 
     def _divergence(self, target_BK: Tensor, log_probs_SBK: Tensor) -> Tensor:
-        target_log_probs_BK = F.log_softmax(target_BK.detach() / self.temperature, dim=-1)
+        target_log_probs_BK = self._soft(target_BK.detach())
         per_class_SBK = F.kl_div(
             log_probs_SBK, target_log_probs_BK.expand_as(log_probs_SBK), log_target=True, reduction="none"
         )

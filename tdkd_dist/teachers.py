@@ -23,7 +23,7 @@ IMAGENET_CLASSES = 1000
 class Teacher(nn.Module):
     """A frozen classifier in eval mode, behind the change from the student's normalisation to its own.
 
-    Crops keep their size unless the model's input size is fixed (`input_size`), when they are resized to it.
+    Crops keep their size unless the model's is fixed, or another is wanted (`input_size`): then they are resized to it.
     """
 
     scale_C: Tensor
@@ -116,6 +116,7 @@ def create_teacher(
         load_weights(model, config.checkpoint, "teacher.checkpoint")
     known: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     size = known["input_size"][-2:] if known.get("fixed_input_size", False) else None
+    size = size if config.image_size is None else (config.image_size, config.image_size)
     student_mean, student_std = data.normalisation(in_chans)
     mean, std, note = _own_normalisation(config, model, (student_mean, student_std))
     teacher = Teacher(

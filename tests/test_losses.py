@@ -29,14 +29,21 @@ def cross_entropy(z: list[float], label: list[float], smoothing: float) -> float
     return -math.fsum(((1 - smoothing) * y + smoothing / K) * v for y, v in zip(label, log_softmax(z), strict=True))
 
 
-def naive_terms(z, q, label, *, temperature, self_target, target, smoothing):
+def standardised(z: list[float]) -> list[float]:
+    mean = math.fsum(z) / len(z)
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in z) / len(z))
+    return [(v - mean) / (spread + 1e-7) for v in z]
+
+
+def naive_terms(z, q, label, *, temperature, self_target, target, smoothing, standardise=False):
     """(ce, kl, sd) of one batch: z [T][B][K], q [B][K], label [B][K] probabilities."""
     T, B, K = len(z), len(z[0]), len(z[0][0])
     ce = kl_term = sd = 0.0
     for b in range(B):
         prefix = [[math.fsum(z[i][b][k] for i in range(t + 1)) / (t + 1) for k in range(K)] for t in range(T)]
         own = [z[t][b] for t in range(T)]
-        seen = {"temporal": own, "prefix": prefix, "ensemble": prefix[-1:]}[target]
+        seen = {"temporal": own, "prefix": prefix, "ensemble": prefix[-1:], "mix": own + prefix}[target]
+        as_seen = standardised if standardise else list
         if self_target == "ensemble":
             s = prefix[-1]
         else:
@@ -45,8 +52,9 @@ def naive_terms(z, q, label, *, temperature, self_target, target, smoothing):
             s = [math.fsum(v[k] for v in right) / (len(right) + 1e-8) for k in range(K)]
         for v in seen:
             ce += cross_entropy(v, label[b], smoothing) / (len(seen) * B)
-            kl_term += kl(q[b], v, temperature) / (len(seen) * B)
-            sd += kl(s, v, temperature) / (len(seen) * B)
+            kl_term += kl(as_seen(q[b]), as_seen(v), temperature) / (len(seen) * B)
+        for v in prefix if target == "mix" else seen:
+            sd += kl(as_seen(s), as_seen(v), temperature) / (len(prefix if target == "mix" else seen) * B)
     return ce, kl_term, sd
 
 
@@ -69,23 +77,42 @@ def problems(draw):
     st.floats(0.01, 2),
     st.floats(0.01, 2),
     st.sampled_from(SELF_TARGETS),
-    st.sampled_from(["temporal", "prefix", "ensemble"]),
+    st.sampled_from(["temporal", "prefix", "ensemble", "mix"]),
     st.booleans(),
     st.sampled_from([0.0, 0.1]),
+    st.booleans(),
 )
-def test_equals_the_definition(problem, temperature, alpha, beta, self_target, target, soft, smoothing):
+def test_equals_the_definition(problem, temperature, alpha, beta, self_target, target, soft, smoothing, standardise):
     z, q, labels, soft_labels = problem
     y = soft_labels if soft else labels
     one_hot = soft_labels if soft else torch.nn.functional.one_hot(labels, z.shape[-1]).double()
-    loss = TemporalDistillationLoss(alpha, beta, temperature, self_target, target=target, label_smoothing=smoothing)
+    loss = TemporalDistillationLoss(
+        alpha, beta, temperature, self_target, target=target, label_smoothing=smoothing, standardise=standardise
+    )
     terms = loss(z, q, y)
     ce, kl_term, sd = naive_terms(
         z.tolist(), q.tolist(), one_hot.tolist(), temperature=temperature, self_target=self_target,
-        target=target, smoothing=smoothing,
+        target=target, smoothing=smoothing, standardise=standardise,
     )  # fmt: skip
     expected = (ce + alpha * kl_term + beta * sd, ce, kl_term, sd)
     for found, wanted in zip(terms[:4], expected, strict=True):
         assert found.item() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("target", ["temporal", "prefix", "mix"])
+def test_gradient_of_standardised_logits(target):
+    z = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    q, labels = torch.randn(2, 5, dtype=torch.float64), torch.tensor([1, 4])
+    loss = TemporalDistillationLoss(0.7, 0.0, 2.0, target=target, standardise=True)
+    assert torch.autograd.gradcheck(lambda z: loss(z, q, labels).total, z)
+
+
+def test_logits_that_are_all_equal_have_no_direction():
+    z = torch.zeros(2, 3, 4, requires_grad=True)
+    loss = TemporalDistillationLoss(1.0, 1.0, 1.0, standardise=True)
+    loss(z, torch.randn(3, 4), torch.tensor([0, 1, 2])).total.backward()
+    assert z.grad is not None
+    assert z.grad.isfinite().all()
 
 
 @settings(max_examples=25, deadline=None)
