@@ -32,15 +32,18 @@ def lively(name: str, neuron: NeuronConfig, **kwargs: object) -> nn.Module:
     raise AssertionError(f"{name}: it gives every image the same logits")
 
 
-def written(net: nn.Module, form: str, path: Path, *, host_stem: bool = False) -> None:
-    """Write the student in a form."""
+def written(net: nn.Module, form: str, path: Path, *, host_stem: bool = False, frames: int | None = None) -> None:
+    """Write the student in a form; `frames`: it reads so many."""
     folded = plain.fold_batch_norms(net)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     if form == "NIR":
         nir.write(folded, path, host_stem=host_stem)
     else:
         module = onnx if form.startswith("ONNX") else program
-        (module.write_step if form.endswith("one timestep") else module.write)(folded, path)
+        if form.endswith("one timestep"):
+            module.write_step(folded, path)
+        else:
+            module.write(folded, path, frames)
 
 
 def read(form: str, path: Path, batches: list[Tensor]) -> Tensor:

@@ -75,6 +75,17 @@ def test_any_batch_size_and_neuron(form, tmp_path):
         torch.testing.assert_close(read(form, path, list(x.split([1, 3, 64]))), want, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_frame_a_timestep(form, tmp_path):
+    net, path = lively("sew_resnet8", HARD, in_chans=2), tmp_path / "s.pt2"
+    written(net, form, path, frames=T)
+    x = images(2, batch=8, frames=T)
+    with torch.no_grad():
+        want = net(x)
+        assert (want - net(x[:1].expand_as(x))).abs().max() > 1e-3  # the second frame is looked at
+    torch.testing.assert_close(read(form, path, agreement.batches(x)), want, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("form", FORMATS[:2])
 def test_onnxruntime_in_fp32(form, tmp_path):
     net = lively("sew_resnet8", NeuronConfig())

@@ -55,6 +55,7 @@ def answer(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     from tdkd_dist.anytime import AnytimeStudent, read_picture
 
     student = AnytimeStudent.load(args.student, args.exit, num_timesteps=args.timesteps, device=args.device)
+    require(student.frames is None, f"{args.student}: reads event-camera recordings, no pictures")
     names = student.class_names
     answers: list[dict[str, Any]] = []
     broken: list[str] = []
