@@ -14,7 +14,7 @@ from tdkd_dist.mistakes import Mistake
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run.folder import RunFolder
 from tdkd_dist.run.log import Log, format_seconds
-from tdkd_dist.run.progress import Progress, write_progress
+from tdkd_dist.run.progress import Progress, newest_progress, write_progress
 from tdkd_dist.run.record import Record, format_table, read_rows
 
 
@@ -45,7 +45,7 @@ def test_another_run_is_refused_by_its_keys(tmp_path, config):
 
 def saved(folder, **where):
     """A checkpoint that says where the run stands."""
-    newest = folder.checkpoints / "step-00000007"
+    newest = folder.checkpoints / f"step-{max(7, where.get('global_step', 7) % 10):08}"
     newest.mkdir(parents=True, exist_ok=True)
     write_progress(newest, Progress(**where), 2)
 
@@ -87,6 +87,25 @@ def test_checkpoints_of_the_form_that_could_run_code_are_refused_before_submissi
     saved(folder)
     write_json(folder.checkpoints / "step-00000007" / "progress.json", asdict(Progress()))
     with pytest.raises(Mistake, match="written by an older tdkd-dist, in a form that could run code"):
+        folder.check(config)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_as_in_restoring(tmp_path, config):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config)
+    saved(folder, epoch=1, global_step=7)
+    saved(folder, epoch=2, global_step=9)
+    found = newest_progress(folder.checkpoints)
+    assert found is not None
+    assert found.global_step == 9
+    damaged = folder.checkpoints / "step-00000009" / "progress.json"
+    damaged.write_text(damaged.read_text()[:-9])
+    found = newest_progress(folder.checkpoints)
+    assert found is not None
+    assert found.global_step == 7
+    folder.check(config)
+    (folder.checkpoints / "step-00000007" / "progress.json").write_text("{}")
+    with pytest.raises(Mistake, match=r"step-00000009: its progress\.json is none of this version"):
         folder.check(config)
 
 

@@ -67,6 +67,16 @@ def read_progress(checkpoint: Path) -> tuple[Progress, int]:
 
 
 def newest_progress(folder: Path) -> Progress | None:
-    """Where the newest checkpoint in `folder` stands; None if there is none. Raises `Mistake` as `read_progress`."""
-    found = list_checkpoints(folder)
-    return read_progress(found[0])[0] if found else None
+    """Where the newest checkpoint in `folder` that says so stands; None if there is none.
+
+    A damaged one is passed over, as in restoring. Raises `Mistake` as `read_progress` if all are.
+    """
+    first: Mistake | None = None
+    for checkpoint in list_checkpoints(folder):
+        try:
+            return read_progress(checkpoint)[0]
+        except Mistake as mistake:
+            first = first or mistake
+    if first is not None:
+        raise first
+    return None
