@@ -71,7 +71,7 @@ def test_an_error_in_the_loader_thread_ends_the_iteration(readers: dict[int, Rea
     def fail(indices: object) -> None:
         raise MemoryError("no memory for the plan")
 
-    monkeypatch.setattr(reader, "_plan_for", lambda epoch: fail)  # type: ignore[attr-defined]
+    monkeypatch.setattr(reader, "_plan_for", lambda rule, epoch: fail)  # type: ignore[attr-defined]
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"203\.beton: no memory for the plan"):
         next(reader.batches(np.arange(20), 0))
