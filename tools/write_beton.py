@@ -27,8 +27,8 @@ from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.sources.source import FrameSource, Source
 from tdkd_dist.mistakes import Mistake, require
 
-USAGE = """usage: python tools/write_beton.py SOURCE DEST [--split train|val] [--max-side 500] [--jpeg-share 0.5] [--quality 90]
-           [--subset N] [--labels FILE] [--on-error stop|skip] [--holdout N] [--workers N] [--force]
+USAGE = """usage: python tools/write_beton.py SOURCE DEST [--split train|val] [--max-side 500] [--jpeg-share 0.5]
+           [--quality 90] [--subset N] [--labels FILE] [--on-error stop|skip] [--holdout N] [--workers N] [--force]
        python tools/write_beton.py SOURCE DEST --frames T [--split train|val] [--split-by official|random|index] [...]
        python tools/write_beton.py --verify FILE
 SOURCE: an ImageFolder tree, ILSVRC2012 tars, parquet, WebDataset, CIFAR or idx files; with --frames, event-camera
