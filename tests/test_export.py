@@ -290,6 +290,13 @@ def test_a_library_that_is_not_there_is_named(file, tmp_path, capsys, monkeypatc
     assert "needs nir: pip install 'tdkd-dist[export]'" in capsys.readouterr().err
 
 
+def test_the_student_s_own_file_is_not_overwritten(file, capsys):
+    before = file.read_bytes()
+    assert export_tool.main([str(file), str(file), "--format", "onnx"]) == 2
+    assert "is the student's own file" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
 def test_students_from_outside_are_refused_in_nir():
     with pytest.raises(Mistake, match="only the package's own students"):
         nir.refuse(torch.nn.Linear(1, 1))

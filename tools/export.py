@@ -52,6 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host-stem", action="store_true", help="of NIR: the graph starts after the stem")
     args = parser.parse_args(argv)
     require(args.dest.parent.is_dir(), f"{args.dest}: no folder {args.dest.parent}; create it")
+    require(args.dest.resolve() != args.student.resolve(), f"{args.dest}: is the student's own file; name another")
     require(not args.dest.is_dir(), f"{args.dest}: a folder; name a file")
     require(args.timesteps is None or args.timesteps >= 1, f"--timesteps {args.timesteps}: must be at least 1")
     require(LEAST <= args.count <= 10_000, f"--count {args.count}: must be in {LEAST} to 10,000")
