@@ -142,6 +142,21 @@ def test_validation_sees_every_sample_once_without_augmentation(beton):
     assert torch.equal(x, FrameRule(4, "first", 32)(counts, 0, np.arange(21)))
 
 
+@pytest.mark.parametrize("most", [200, 2000])
+def test_the_compiled_loop_does_what_the_rule_says(most, tmp_path):
+    source = Recordings(tmp_path, most=most)
+    write(source, tmp_path / "x.beton")
+    data = config(tmp_path / "x.beton", frames=3, frame_choice="regroup", event_augment=True, flip=True)
+    loader = train_loader(data)
+    got = [x.clone() for x, _ in loader.epoch(2)]
+    samples = np.concatenate([loader.samples(2, step) for step in range(2)])
+    loader.close()
+    rule = FrameRule(3, "regroup", 32, flip=True, events=True, seed=5)
+    want = rule(torch.from_numpy(source.counts[samples].astype(np.int16)), 2, samples)
+    torch.testing.assert_close(torch.cat(got), want, rtol=1e-6, atol=1e-4)
+    assert (want == 0).any()
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [

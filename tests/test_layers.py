@@ -24,7 +24,7 @@ data.frames data.jitter data.sources.source data.beton.layout
 data.sources.arrays data.sources.classes data.sources.folder data.sources.guarded
 data.sources.parquet data.sources.ground_truth
 data.sources.archives
-data.sources data.beton.manifest
+data.sources data.beton.manifest data.frame_decoder
 data.events.recording
 data.events.apart data.events.places data.events.splits data.events.framing
 data.events.aedat2 data.events.aedat3 data.events.aedat4 data.events.atis data.events.hdf5 data.events.npz
@@ -61,7 +61,7 @@ EMPTY = {"data", "data.beton", "run", "training", "cluster", "report", "export"}
 ONLY_IN = {
     "deepspeed": ["training.engine"],
     "submitit": ["cluster."],
-    "ffcv": ["data.ffcv_reader"],
+    "ffcv": ["data.ffcv_reader", "data.frame_decoder"],
     "wandb": ["run.record", "report.wandb_report"],
     "omegaconf": ["recipe"],
     "matplotlib": ["run.figures", "report.figures", "export.agreement"],

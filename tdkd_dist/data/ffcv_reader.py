@@ -1,4 +1,4 @@
-"""Batches from a beton through FFCV: one compiled decoder that carries out the plans of `crops`; or frames as stored.
+"""Batches from a beton through FFCV: one compiled decoder that carries out the plans of `crops` and `frames`.
 
 FFCV's own random decoders draw from an unseeded generator, its iterator leaves a waiting reader alone with a thread
 that has died, and its epochs fix the order at creation. Here a subclass of its decoder reads a plan made beforehand,
@@ -12,7 +12,7 @@ import queue
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from tdkd_dist.data.crops import (
     CropRule,
     Ints,
 )
+from tdkd_dist.data.frame_decoder import frame_decoder_class
+from tdkd_dist.data.frames import FrameRule
 from tdkd_dist.mistakes import Mistake
 
 logger = logging.getLogger(__name__)
@@ -46,9 +48,11 @@ DECODED = PLAN_COLUMNS
 
 
 class FfcvReader:
-    """Reads any order of samples from the beton `path`, in batches: pictures by a rule, or, without one, frames."""
+    """Reads any order of samples from the beton `path`, in batches: by a rule; without one, frames as stored."""
 
-    def __init__(self, path: Path, *, batch_size: int, rule: CropRule | None, workers: int, device: torch.device):
+    def __init__(
+        self, path: Path, *, batch_size: int, rule: CropRule | FrameRule | None, workers: int, device: torch.device
+    ):
         _import_ffcv()
         from ffcv.fields.decoders import IntDecoder
         from ffcv.loader import Loader, OrderOption
@@ -56,8 +60,9 @@ class FfcvReader:
 
         self.path, self.rule, self._device = path, rule, device
         on_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
-        self._decoder = _frame_decoder_class()() if rule is None else _decoder_class()(rule)
-        as_images = [] if rule is None else [ToTorchImage()]
+        of_pictures = isinstance(rule, CropRule)
+        self._decoder = _decoder_class()(rule) if of_pictures else frame_decoder_class()(rule)
+        as_images = [ToTorchImage()] if of_pictures else []
         workers = _as_compiled_before(workers)
         with _keep_torch_threads():
             self._loader = Loader(
@@ -68,7 +73,7 @@ class FfcvReader:
                 order=OrderOption.SEQUENTIAL,
                 drop_last=False,
                 pipelines={
-                    "frames" if rule is None else "image": [self._decoder, ToTensor(), *on_device, *as_images],
+                    "image" if of_pictures else "frames": [self._decoder, ToTensor(), *on_device, *as_images],
                     "label": [IntDecoder(), ToTensor(), *on_device],
                 },
             )
@@ -85,11 +90,10 @@ class FfcvReader:
         if len(order) == 0:
             return
         threads = torch.get_num_threads()
-        plan = None
-        if self.rule is not None:
+        plan = None if self.rule is None else self._plan_for(self.rule, epoch)
+        if isinstance(self.rule, CropRule):
             # FFCV asks the decoder for its shape whenever it allocates an epoch's buffers.
             self._decoder.size = self.rule.size_at(epoch)
-            plan = self._plan_for(self.rule, epoch)
         self._open = iterator = _iterator_class()(self._loader, order, self._plan_node, plan, self._device)
         try:
             for images_BCHW, labels_B1 in iterator:
@@ -105,7 +109,9 @@ class FfcvReader:
             self._open.close()
             self._open = None
 
-    def _plan_for(self, rule: CropRule, epoch: int) -> Callable[[Ints], Ints]:
+    def _plan_for(self, rule: CropRule | FrameRule, epoch: int) -> Callable[[Ints], Ints]:
+        if isinstance(rule, FrameRule):
+            return partial(rule.sources, epoch)
         pictures = self._loader.reader.metadata["f0"]
 
         def plan(indices_B: Ints) -> Ints:
@@ -213,31 +219,6 @@ def _decoder_class() -> Any:
     return PlanDecoder
 
 
-@cache
-def _frame_decoder_class() -> Any:
-    from ffcv.fields.ndarray import NDArrayDecoder
-    from ffcv.libffcv import memcpy
-    from ffcv.pipeline.compiler import Compiler
-
-    copy = Compiler.compile(memcpy)
-
-    class FrameDecoder(NDArrayDecoder):  # type: ignore[misc]
-        """FFCV's own, which gives the last batch of an epoch the length of the others."""
-
-        def generate_code(self) -> Callable[..., Any]:
-            read, threads = self.memory_read, Compiler.get_iterator()
-
-            def decode(batch_indices: Any, memory: Any, metadata: Any, storage_state: Any) -> Any:
-                for i in threads(len(batch_indices)):
-                    copy(read(metadata[batch_indices[i]], storage_state), memory[i].view(np.uint8))
-                return memory[: len(batch_indices)]
-
-            decode.is_parallel = True  # type: ignore[attr-defined]
-            return decode
-
-    return FrameDecoder
-
-
 def _move(image_HWC: Any, down: int, right: int) -> None:
     """Move the picture in place, black behind it (compiled)."""
     height, width, channels = image_HWC.shape
@@ -299,13 +280,14 @@ def _iterator_class() -> Any:
                 raise StopIteration
             if self._plan is not None:
                 plans_BP = self.memory_allocations["operation"][self._plan_node][1][batch_slot][: len(batch_indices)]
-                plans_BP[:, :DECODED] = self._plan(batch_indices)
+                made_BP = self._plan(batch_indices)
+                plans_BP[:, : made_BP.shape[1]] = made_BP
             result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
             if self._device.type == "cuda":
                 # FFCV would only make the GPU wait, and could then overwrite pinned memory that is still being sent.
                 # Here, and not where the batch is taken: the training loop must not wait.
                 self.cuda_streams[batch_slot].synchronize()
-            broken = batch_indices[plans_BP[:, DECODED] != 0] if self._plan is not None else []
+            broken = batch_indices[plans_BP[:, -1] != 0] if self._plan is not None else []
             if len(broken):
                 raise Mistake(f"sample {broken[0]} cannot be decoded; see tools/write_beton.py --verify")
             return result

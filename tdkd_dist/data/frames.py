@@ -3,7 +3,8 @@
 As on CIFAR10-DVS (Li et al. 2022, "Neuromorphic data augmentation"; the released code of Yu et al. 2025): frames are
 resized bilinearly, mirrored with probability 1/2, and then exactly one of three things is done to all frames of a
 sample alike: a roll of up to 5 pixels each way, a rotation of up to 30 degrees, or a square of 16 pixels set to 0.
-All but the resize only moves or drops pixels, so it is one gather.
+All but the resize only moves or drops pixels, so that it is one gather. FFCV's compiled loop does both at once
+(`ffcv_reader`); what is here serves who has the counts at hand, on any device.
 
 Shapes: B samples, T frames, S of them stored, C channels (polarities), H, W pixels, N = H * W.
 """
@@ -14,6 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tdkd_dist.data.crops import Floats, Ints, uniform_draws
@@ -87,14 +89,31 @@ class FrameRule:
         return np.where(kept_BHW, y, 0), np.where(kept_BHW, x, 0), kept_BHW
 
 
+def bilinear(old: int, new: int) -> tuple[Ints, Ints, NDArray[np.float32]]:
+    """Of a side resized from `old` to `new` pixels: the two that each new one lies between, and the second's weight.
+
+    As `torch.nn.functional.interpolate` places them with `align_corners=False`.
+    """
+    at = np.maximum((np.arange(new) + 0.5) * old / new - 0.5, 0)
+    first = np.minimum(at.astype(np.int64), old - 1)
+    return first, np.minimum(first + 1, old - 1), (at - first).astype(np.float32)
+
+
+def groups(stored: int, count: int, choice: str) -> Ints:
+    """Where the stored frames that make each of `count` frames begin and end, [count, 2]."""
+    if choice == "first":
+        return np.stack([np.arange(count), np.arange(1, count + 1)], axis=1)
+    ends = np.arange(count + 1) * stored // count
+    return np.stack([ends[:-1], ends[1:]], axis=1)
+
+
 def choose(frames_BSCHW: Tensor, count: int, choice: str) -> Tensor:
     """Float32 `[B, count, C, H, W]`: the first of the stored frames, or sums of groups of them."""
-    S = frames_BSCHW.shape[1]
-    if choice == "first" or count == S:
+    stored = frames_BSCHW.shape[1]
+    if choice == "first" or count == stored:
         return frames_BSCHW[:, :count].float()
-    ends = [S * (k + 1) // count for k in range(count)]
-    groups = zip([0, *ends], ends, strict=False)
-    return torch.stack([frames_BSCHW[:, start:end].sum(1, dtype=torch.float32) for start, end in groups], dim=1)
+    parts = groups(stored, count, choice)
+    return torch.stack([frames_BSCHW[:, start:end].sum(1, dtype=torch.float32) for start, end in parts], dim=1)
 
 
 def _rotated(angle_B11: Floats, y_BHW: Ints, x_BHW: Ints, size: int) -> tuple[Ints, Ints]:

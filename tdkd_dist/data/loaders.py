@@ -113,28 +113,6 @@ class ValLoader:
         self._reader.close()
 
 
-class FrameReader:
-    """Frames as the network sees them, of another reader's as they are stored."""
-
-    def __init__(self, stored: Reader, rule: FrameRule) -> None:
-        self._stored, self._rule = stored, rule
-
-    def batches(self, order: Ints, epoch: int) -> Generator[Batch]:
-        """The samples `order` in batches of float32 `[B, T, C, H, W]`."""
-        position, batches = 0, self._stored.batches(order, epoch)
-        try:
-            for frames_BSCHW, labels_B in batches:
-                indices_B = order[position : position + len(labels_B)]
-                position += len(labels_B)
-                yield Batch(self._rule(frames_BSCHW, epoch, indices_B), labels_B)
-        finally:
-            batches.close()
-
-    def close(self) -> None:
-        """Free threads and processes."""
-        self._stored.close()
-
-
 def _jittered(batches: Generator[Batch], jitter: ColorJitter, order: Ints, epoch: int) -> Generator[Batch]:
     position = 0
     try:
@@ -271,9 +249,7 @@ def _open(
     try:
         from tdkd_dist.data.ffcv_reader import FfcvReader
 
-        crop = rule if isinstance(rule, CropRule) else None
-        opened: Reader = FfcvReader(here, batch_size=batch_size, rule=crop, workers=workers, device=device)
-        opened = opened if isinstance(rule, CropRule) else FrameReader(opened, rule)
+        opened = FfcvReader(here, batch_size=batch_size, rule=rule, workers=workers, device=device)
         return opened, info.num_samples, info.num_classes, info.class_names
     except ImportError as error:
         raise Mistake(f"data.format=ffcv: {error}; install ffcv, or say data.format=imagefolder") from error
