@@ -310,7 +310,9 @@ def test_splits(tmp_path):
     whole = open_events(tmp_path)
     names = [whole.name(i) for i in range(len(whole.labels))]
     with pytest.raises(Mistake, match="no official split"):
-        open_events(tmp_path, "train")
+        open_events(tmp_path, "train", SplitRule("official"))
+    assert whole.chosen == "all recordings"
+    assert open_events(tmp_path, "val").chosen == "val, random split, 10 % validated on, seed 42"
     # As torch divides it.
     generator = torch.Generator().manual_seed(42)
     train, val = torch.utils.data.random_split(names, [324, 36], generator)

@@ -93,9 +93,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     events.add_argument("--frame-size", type=int, nargs=2, metavar=("H", "W"), help="sums of pixels of the sensor")
     events.add_argument("--sensor", type=int, nargs=2, metavar=("H", "W"), help="where the form doesn't say")
     events.add_argument(
-        "--split-by", default="official", help="official, random (10 %%, --split-seed) or index (0 to 99)"
+        "--split-by", help="random (10 %%, --split-seed), index (0 to 99), or official, the default where there is one"
     )
-    events.add_argument("--split-seed", type=int, default=42, help="of --split-by random (42)")
+    events.add_argument("--split-seed", type=int, default=42, help="of a random split (42)")
     parser.add_argument("--force", action="store_true", help="replace a DEST that was written differently")
     args = parser.parse_args(argv)
     if (args.verify is None) != (args.dest is not None):
@@ -104,7 +104,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise Mistake(f"--workers {args.workers}: must be at least 1")
     if args.frames is None:
         of_events = {"--by": args.by != "number", "--window-us": args.window_us, "--frame-size": args.frame_size}
-        of_events |= {"--sensor": args.sensor, "--split-by": args.split_by != "official"}
+        of_events |= {"--sensor": args.sensor, "--split-by": args.split_by}
         given = [name for name, value in of_events.items() if value]
         require(not given, f"{', '.join(given)}: of event-camera recordings; say --frames T")
     return args
@@ -120,10 +120,9 @@ def open_any(args: argparse.Namespace) -> Source | FrameSource:
     from tdkd_dist.data.events.splits import SplitRule
 
     size, sensor = (tuple(given) if given else None for given in (args.frame_size, args.sensor))
-    rule = SplitRule(args.split_by, args.split_seed)
+    rule = None if args.split_by is None else SplitRule(args.split_by, args.split_seed)
     source = open_events(args.source, args.split, rule, sensor)
-    framing = FramingRule(args.frames, args.by, args.window_us, size)
-    return FramedSource(source, framing, "all recordings" if args.split is None else f"{args.split} of {rule.text}")
+    return FramedSource(source, FramingRule(args.frames, args.by, args.window_us, size))
 
 
 def run(args: argparse.Namespace, dest: Path, heldout: bool) -> tuple[Manifest, str]:

@@ -35,14 +35,15 @@ def open_events(
 ) -> Guarded:
     """The reader for the recordings below the folder, or in the archive, `path`.
 
-    `split` (train or val) says which part is wanted, `rule` how it is divided (None: as the data set is handed out),
-    `sensor` (height, width) how large the camera is, where the form does not say. Raises `Mistake` when nothing here
-    can read it, when there is no such part, or when there is an official split and no part is asked for.
+    `split` (train or val) says which part is wanted, `rule` how it is divided (None: as the data set is handed out, or
+    else at random), `sensor` (height, width) how large the camera is, where the form does not say. Raises `Mistake`
+    when nothing here can read it, when there is no such part, or when there is an official split and no part is asked
+    for.
     """
     with whole_recording(path):
         source = _open(path, sensor)
         if split is not None:
-            rule = rule or SplitRule()
+            rule = rule or SplitRule("random" if source.parts is None else "official")
             return Guarded(Part(source, rule.choose(source, split), f"{split}, {rule.text}"))
         if len(set(source.parts or ())) > 1:
             raise Mistake(

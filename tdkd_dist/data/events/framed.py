@@ -10,24 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdkd_dist.data.events.framing import FramingRule, framed
-from tdkd_dist.data.events.recording import EventSource, Frames
+from tdkd_dist.data.events.recording import Frames, Guarded
 
 
 class FramedSource:
     """A source of recordings as a `FrameSource`, which `beton.writing.write` takes.
 
-    `split` is how the recordings were chosen, in words. Raises `Mistake` if the rule does not fit the sensor.
+    Raises `Mistake` if the rule does not fit the sensor.
     """
 
     lossless = True
 
-    def __init__(self, source: EventSource, rule: FramingRule, split: str):
+    def __init__(self, source: Guarded, rule: FramingRule):
         self.source, self.rule = source, rule
         self.kind, self.path = source.kind, source.path
         self._sensor = source.sensor
         rows, columns = rule.factors(self._sensor)
         self.shape = (rule.frames, 2, self._sensor[0] // rows, self._sensor[1] // columns)
-        self.about = {"framing": rule.text, "sensor": list(self._sensor), "split": split}
+        self.about = {"framing": rule.text, "sensor": list(self._sensor), "split": source.chosen}
 
     @property
     def class_names(self) -> Sequence[str] | None:

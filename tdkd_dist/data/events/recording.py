@@ -97,6 +97,8 @@ class Guarded:
     def __init__(self, source: EventSource):
         self.source = source
         self.kind, self.path = source.kind, source.path
+        self.chosen: str = getattr(source, "why", "all recordings")
+        """Which of them are here, in words."""
 
     @property
     def sensor(self) -> Sensor:
