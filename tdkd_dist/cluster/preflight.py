@@ -20,7 +20,7 @@ from tdkd_dist.mistakes import Mistake, Mistakes, require
 from tdkd_dist.students import choose_recomputed, create_student, is_spiking
 from tdkd_dist.students.outside import is_outside
 from tdkd_dist.teachers import check_name, check_pretrained_classes, create_teacher, fetch_weights
-from tdkd_dist.weights import load_weights
+from tdkd_dist.weights import load_weights, read_tensors
 
 
 @dataclass
@@ -218,8 +218,13 @@ def _check_optimizer(config: Config, found: Findings) -> None:
 def _check_teacher(config: Config, found: Findings, dry_run: bool) -> None:
     teacher, student = config.teacher, config.student
     check_name(teacher)
+    here = teacher.checkpoint is not None and _is_here(teacher.checkpoint, "teacher.checkpoint", found, dry_run)
+    if not found.data:  # which of its classes are the data's, that must say
+        if here and teacher.checkpoint is not None:
+            read_tensors(teacher.checkpoint, "teacher.checkpoint")
+        return
     if teacher.checkpoint is not None:
-        if _is_here(teacher.checkpoint, "teacher.checkpoint", found, dry_run):
+        if here:
             classes, channels, names = student.num_classes, student.in_chans, found.class_names
             create_teacher(teacher, config.data, num_classes=classes, in_chans=channels, class_names=names)
     elif teacher.pretrained:
