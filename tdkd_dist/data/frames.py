@@ -4,7 +4,7 @@ As on CIFAR10-DVS (Li et al. 2022, "Neuromorphic data augmentation"; the release
 resized bilinearly, mirrored with probability 1/2, and then exactly one of three things is done to all frames of a
 sample alike: a roll of up to 5 pixels each way, a rotation of up to 30 degrees, or a square of 16 pixels set to 0.
 All but the resize only moves or drops pixels, so that it is one gather. FFCV's compiled loop does both at once
-(`ffcv_reader`); what is here serves who has the counts at hand, on any device.
+(`frame_decoder`); what is here serves who has the counts at hand, on any device.
 
 Shapes: B samples, T frames, S of them stored, C channels (polarities), H, W pixels, N = H * W.
 """

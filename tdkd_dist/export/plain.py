@@ -19,7 +19,8 @@ from tdkd_dist.students.base import SpikingNet
 def fold_batch_norms(model: SpikingNet) -> SpikingNet:
     """A copy in eval mode whose batch norms are a part of the convolutions before them (Jacob et al. 2018, 3.2).
 
-    A batch norm that reads anything but one convolution's output stays as it is. Folding is done in float64.
+    A batch norm that reads anything but one convolution's output stays as it is. Folding is done in float64. Nothing
+    else may read that output: so it is in the package's students; of others, comparing what was written would tell.
     """
     folded = copy.deepcopy(model).eval()
     names = {module: name for name, module in folded.named_modules()}
@@ -32,7 +33,7 @@ def fold_batch_norms(model: SpikingNet) -> SpikingNet:
 
 
 def _pairs(model: SpikingNet) -> list[tuple[nn.Conv2d, _BatchNorm]]:
-    """Every batch norm with the convolution whose output it read, and nobody else did, in one timestep."""
+    """Every batch norm with the convolution whose output it read in one timestep."""
     made_by: dict[int, nn.Conv2d] = {}
     kept: list[Tensor] = []  # while tensors live, their ids are their own
     pairs: list[tuple[nn.Conv2d, _BatchNorm]] = []
