@@ -27,5 +27,6 @@ def faults(mode: str) -> int:
 
 def test_tensors_reuse_the_pages_of_those_before():
     pages = 20 * 8 * 2_400_000 // 4096
-    assert faults("keep") < pages // 100
-    assert faults("default") > pages // 2  # else there would be nothing to mend
+    kept, default = faults("keep"), faults("default")
+    assert kept < pages // 100
+    assert default > 4 * kept  # else there would be nothing to mend; with huge pages there are few faults either way
