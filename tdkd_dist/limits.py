@@ -49,13 +49,15 @@ class Section:
         choices = _choices(type(self)).get(name)  # type: ignore[arg-type]
         if value is None:
             return None
-        if choices is not None and value not in choices:
-            return f"one of {', '.join(map(str, choices))}"
+        limits, most = metadata.get("limits"), metadata.get("most")
+        if choices is not None and value not in choices and (limits is None or isinstance(value, str)):
+            return f"one of {', '.join(map(str, choices))}" + (f", or a number in {limits}" if limits else "")
         texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if not all(text.isprintable() for text in texts if isinstance(text, str)):
             return "text without control characters"
-        limits, most = metadata.get("limits"), metadata.get("most")
         for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, str):
+                continue
             if limits is not None and not within(number, limits):
                 return WORDS.get(limits, f"in {limits}")
             if most is not None and number > most:

@@ -14,7 +14,8 @@ SLOPES = {"sigmoid": 4.0, "atan": 2.0, "rectangle": 1.0, "triangle": 1.0}
 class NeuronConfig(Section):
     """One spiking neuron's constants; every layer of a student shares them.
 
-    Charge: ``v <- v_r + decay * (v - v_r) + x`` with ``v_r = v_reset or 0``; a spike when ``v >= threshold``.
+    Charge: ``v <- v_r + decay * (v - v_r) + x`` with ``v_r = v_reset or 0``, from ``v = v_init`` at the start; a spike
+    when ``v >= threshold``.
     Raises `Mistake`, naming the key, for a value outside its range.
     """
 
@@ -27,6 +28,9 @@ class NeuronConfig(Section):
     """The membrane potential from which on a neuron fires."""
     v_reset: float | None = limited(None, "[-1000, 1000]")
     """None: soft reset (subtract the threshold); a number: hard reset to it."""
+    v_init: float | int | Literal["learned"] | None = limited(None, "[-1000, 1000]")
+    """The membrane potential that every image starts from; None: the reset value. `learned`: each channel of each layer
+    learns its own, starting from the reset value (Shen et al., NeurIPS 2024)."""
     surrogate: Literal["sigmoid", "atan", "rectangle", "triangle"] = "sigmoid"
     """The shape of the gradient that stands in for the spike's."""
     surrogate_alpha: float | None = limited(None, "> 0", most=1000)
@@ -43,6 +47,10 @@ class NeuronConfig(Section):
         found.require(
             self.v_reset is None or not self.v_reset >= self.threshold,
             f"student.neuron.v_reset={self.v_reset}: must be below student.neuron.threshold={self.threshold}",
+        )
+        found.require(
+            self.v_init is None or isinstance(self.v_init, str) or not self.v_init >= self.threshold,
+            f"student.neuron.v_init={self.v_init}: must be below student.neuron.threshold={self.threshold}",
         )
 
     @property

@@ -1,7 +1,8 @@
 """Spiking neurons over a folded batch: integrate-and-fire, leaky, and leaky with a learned decay.
 
 Shapes: T timesteps, B samples, ... anything (usually C, H, W). A multi-step layer reads and returns `[T*B, ...]`,
-T-major. `m` is the membrane measured from its reset value (v - v_r), so it starts at 0 whatever v_r is.
+T-major. `m` is the membrane measured from its reset value (v - v_r): 0 at the start, unless `v_init` says otherwise.
+What is left of that start after the first leak is added to the first current.
 
 The arithmetic of a timestep is `_charge`, `_fire` and `_reset`. Three things run it: `SpikingNeuron.step` (plain
 operations; unrolled over T it is what torch.compile fuses into one kernel), `_FoldedNeuron` (eager mode: in place,
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tdkd_dist.mistakes import require
 from tdkd_dist.neuron_config import NeuronConfig
 
 __all__ = ["NeuronConfig", "SpikingNeuron"]
@@ -69,14 +71,16 @@ def _charge(x: Tensor, m: Tensor, decay: float | Tensor, out: Tensor | None = No
     return torch.add(x, m, alpha=decay, out=out)
 
 
-def _start(x: Tensor) -> Tensor:
-    """The first charge: x in the state's type, as a computation of its own.
+def _start(x: Tensor, first: Tensor | None) -> Tensor:
+    """The first charge: x in the state's type plus what the start is worth, as a computation of its own.
 
     Not the sum with a membrane of zeros: Inductor makes all layers of a shape share one, and AOTAutograd's partitioner
     keeps what is computed from it, taking the first layer and the last for too far apart to compute it again. Nor x
     itself: a part of all timesteps' currents that is read twice, which makes Inductor write all of them to memory. It
     takes out sums with 0 and copies, but not this.
     """
+    if first is not None:
+        return x + first
     h = x.to(_state_dtype(x))
     return h if h is not x else x.neg().neg()
 
@@ -95,9 +99,14 @@ def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _step_without_gradient(x: Tensor, m: Tensor | None, decay: float | Tensor, k: _Dynamics) -> tuple[Tensor, Tensor]:
+def _step_without_gradient(
+    x: Tensor, m: Tensor | None, decay: float | Tensor, first: Tensor | None, k: _Dynamics
+) -> tuple[Tensor, Tensor]:
     """Spikes and membrane of one timestep in eager mode, written once each; x and m are left as they are."""
-    h = x.to(_state_dtype(x)) if m is None else _charge(x, m, decay)
+    if m is None:
+        h = x.to(_state_dtype(x)) if first is None else x + first
+    else:
+        h = _charge(x, m, decay)
     s = _fire(h, k.gap, out=torch.empty_like(x))
     return s, _reset(h, s, k.drop, out=None if h is x else h)
 
@@ -121,36 +130,40 @@ class _Spike(torch.autograd.Function):
 class _FoldedNeuron(torch.autograd.Function):
     """All T timesteps of a layer, `x_TB` `[T, B, ...]` to spikes of the same shape.
 
-    Saves `x_TB` alone. The backward pass fills one buffer with the membranes after each charge and then, from the
+    `first` is added to the first timestep's current, to which it broadcasts: what the membrane's start is worth. Saves `x_TB` alone. The backward pass fills one buffer with the membranes after each charge and then, from the
     last step to the first, overwrites each with the gradient of its input.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TB: Tensor, decay: float | Tensor, k: _Dynamics) -> Tensor:
+    def forward(ctx: Any, x_TB: Tensor, decay: float | Tensor, first: Tensor | None, k: _Dynamics) -> Tensor:
         m = torch.zeros_like(x_TB[0], dtype=_state_dtype(x_TB))
         s_TB = _steps_like(m, len(x_TB), x_TB.dtype)
-        for x, s in zip(x_TB, s_TB, strict=True):
+        for t, (x, s) in enumerate(zip(x_TB, s_TB, strict=True)):
             _charge(x, m, decay, out=m)
+            if t == 0 and first is not None:
+                m += first
             _fire(m, k.gap, out=s)
             _reset(m, s, k.drop, out=m)
-        ctx.save_for_backward(x_TB, *([decay] if isinstance(decay, Tensor) else []))
+        ctx.save_for_backward(x_TB, decay if isinstance(decay, Tensor) else None, first)
         ctx.constants = decay if isinstance(decay, float) else None, k
         return s_TB
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TB: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (x_TB, *learned), (constant, k) = ctx.saved_tensors, ctx.constants
-        decay = learned[0] if learned else constant
+    def backward(ctx: Any, grad_TB: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        (x_TB, learned, first), (constant, k) = ctx.saved_tensors, ctx.constants
+        decay = constant if learned is None else learned
         m = torch.zeros_like(x_TB[0], dtype=_state_dtype(x_TB))
         s, d, grad_s = torch.empty_like(m), torch.empty_like(m), torch.empty_like(m)
         h_TB = _steps_like(m, len(x_TB), m.dtype)
-        for x, h in zip(x_TB, h_TB, strict=True):
+        for t, (x, h) in enumerate(zip(x_TB, h_TB, strict=True)):
             _charge(x, m, decay, out=h)
+            if t == 0 and first is not None:
+                h += first
             _reset(h, _fire(h, k.gap, out=s), k.drop, out=m)
 
         grad_m = m.zero_()  # of the membrane after the reset; nothing reads the last one
-        grad_decay = m.new_zeros(1) if learned else None
+        grad_decay = m.new_zeros(1) if learned is not None else None
         for t in reversed(range(len(x_TB))):
             h = h_TB[t]
             derivative = SURROGATES[k.surrogate](torch.sub(h, k.gap, out=d), k.alpha, d)
@@ -167,7 +180,8 @@ class _FoldedNeuron(torch.autograd.Function):
                 before = h_TB[t - 1]
                 grad_decay += _reset(before, _fire(before, k.gap, out=s), k.drop, out=d).mul_(grad_h).sum()
             torch.mul(grad_h, decay, out=grad_m)
-        return h_TB.to(x_TB.dtype), grad_decay, None
+        grad_first = h_TB[0].sum_to_size(first.shape) if ctx.needs_input_grad[2] else None
+        return h_TB.to(x_TB.dtype), grad_decay, grad_first, None
 
 
 def _steps_like(m: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
@@ -209,10 +223,11 @@ class SpikingNeuron(nn.Module):
     """A layer of spiking neurons as a `NeuronConfig` describes them (Yu et al. 2025, eq. 1-3; PLIF: Fang et al. 2021).
 
     Called with `[T*B, ...]` it returns spikes (0 or 1) of the same shape, dtype and memory format. The membrane
-    starts at its reset value, is kept in fp32 or wider, and is forgotten afterwards.
+    starts at `v_init` or its reset value, is kept in fp32 or wider, and is forgotten afterwards. `channels`, the second
+    of the current's dimensions, must be said where each learns its start; `Mistake` if it is not.
     """
 
-    def __init__(self, config: NeuronConfig, num_timesteps: int) -> None:
+    def __init__(self, config: NeuronConfig, num_timesteps: int, channels: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.num_timesteps = num_timesteps
@@ -231,11 +246,29 @@ class SpikingNeuron(nn.Module):
         if config.kind == "plif":
             # [1] and not a scalar: DeepSpeed broadcasts parameters as bytes, which a scalar can't be viewed as.
             self.w = nn.Parameter(torch.tensor([math.log(1 / config.decay - 1)]))
+        if config.v_init == "learned":
+            require(
+                channels is not None, "student.neuron.v_init=learned: this student does not say its layers' channels"
+            )
+            self.v_init = nn.Parameter(torch.full((channels,), v_r))
 
     @property
     def decay(self) -> float | Tensor:
         """Share of the membrane that a timestep keeps; for PLIF a tensor `[1]`, 1 - sigmoid(w)."""
         return 1 - self.w.sigmoid() if self.config.kind == "plif" else self._decay
+
+    def initial(self, x: Tensor) -> Tensor | None:
+        """What the state is at the start, such that it broadcasts to the current `[B, C, ...]`; None at rest."""
+        v_init, v_r = self.config.v_init, self.config.v_reset or 0.0
+        if v_init == "learned":
+            return (self.v_init - v_r).to(_state_dtype(x)).view(-1, *[1] * (x.ndim - 2))
+        if v_init is None or v_init == v_r:
+            return None
+        return x.new_full((1,), v_init - v_r, dtype=_state_dtype(x))
+
+    def _first(self, x: Tensor, decay: float | Tensor) -> Tensor | None:
+        m = self.initial(x)
+        return None if m is None else m * decay
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Older files and spikingjelly's hold w as a scalar.
@@ -255,7 +288,8 @@ class SpikingNeuron(nn.Module):
         x_TB = x.expand(T, *x.shape) if constant else x.view(T, -1, *x.shape[1:])
         if torch.compiler.is_compiling():
             return self._step_all(x_TB)
-        s_TB: Tensor = _FoldedNeuron.apply(x_TB, self.decay, self._dynamics)
+        decay = self.decay
+        s_TB: Tensor = _FoldedNeuron.apply(x_TB, decay, self._first(x, decay), self._dynamics)
         return s_TB.flatten(0, 1)
 
     def add_spikes(self, x: Tensor, shortcut: Tensor, *, identity: bool) -> Tensor:
@@ -269,7 +303,7 @@ class SpikingNeuron(nn.Module):
         return shortcut + spikes
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One timestep: `(spikes, state)` for a current `[B, ...]` and the state before it (None: at rest).
+        """One timestep: `(spikes, state)` for a current `[B, ...]` and the state before it (None: the start).
 
         The state is the membrane minus its reset value, in fp32 or wider. T steps give what `forward` gives.
         """
@@ -277,11 +311,12 @@ class SpikingNeuron(nn.Module):
 
     def _step(self, x: Tensor, m: Tensor | None, decay: float | Tensor) -> tuple[Tensor, Tensor]:
         k = self._dynamics
+        first = self._first(x, decay) if m is None else None
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return _step_without_gradient(x, m, decay, k)
-        if m is None and isinstance(decay, Tensor) and self.num_timesteps == 1:
+            return _step_without_gradient(x, m, decay, first, k)
+        if m is None and first is None and isinstance(decay, Tensor) and self.num_timesteps == 1:
             m = torch.zeros_like(x, dtype=_state_dtype(x))  # so that the decay gets its gradient, 0
-        h = _start(x) if m is None else _charge(x, m, decay)
+        h = _start(x, first) if m is None else _charge(x, m, decay)
         s = _Spike.apply(h, k.gap, k.surrogate, k.alpha)
         return s.to(x.dtype), _reset(h, s.detach() if k.detach_reset else s, k.drop)
 

@@ -75,6 +75,25 @@ def test_any_batch_size_and_neuron(form, tmp_path):
         torch.testing.assert_close(read(form, path, list(x.split([1, 3, 64]))), want, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("v_init", ["learned", 0.6])
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_membrane_at_the_start(form, v_init, tmp_path):
+    net, path = lively("sew_resnet8", NeuronConfig(decay=0.9, v_reset=-0.1, v_init=v_init)), tmp_path / "s.pt2"
+    with torch.no_grad():
+        for module in net.modules():
+            if hasattr(module, "v_init"):
+                module.v_init.uniform_(-0.9, 0.9)
+    if form == "NIR":
+        with pytest.raises(ValueError, match=r"no membrane at the start[^\n]*v_init"):
+            nir.refuse(net)
+        return
+    written(net, form, path)
+    x = images(batch=8)
+    with torch.no_grad():
+        want = net(x)
+    torch.testing.assert_close(read(form, path, agreement.batches(x)), want, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_frame_a_timestep(form, tmp_path):
     net, path = lively("sew_resnet8", HARD, in_chans=2), tmp_path / "s.pt2"

@@ -1,6 +1,7 @@
 """The neurons against the written formula, a hand-written BPTT, gradcheck, and their own single steps."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -36,10 +37,21 @@ def derivative(surrogate: str, u: np.ndarray) -> np.ndarray:
     }[surrogate]
 
 
-def reference(x: np.ndarray, g: np.ndarray, config: NeuronConfig, decay: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Spikes, gradient of the input and of the decay for incoming gradient g, all `[T, ...]`, by hand."""
+class Reference(NamedTuple):
+    """What `reference` computes; `grad_v` is that of the membrane before the first timestep."""
+
+    spikes: np.ndarray
+    grad_x: np.ndarray
+    grad_decay: float
+    grad_v: np.ndarray
+
+
+def reference(
+    x: np.ndarray, g: np.ndarray, config: NeuronConfig, decay: float, start: float | np.ndarray | None = None
+) -> Reference:
+    """Spikes and gradients for incoming gradient g, all `[T, ...]`, by hand; the membrane is `start` at first."""
     v_r, soft, threshold = config.v_reset or 0.0, config.v_reset is None, config.threshold
-    v = np.full_like(x[0], v_r)
+    v = np.zeros_like(x[0]) + (v_r if start is None else start)
     before, charged, spikes = [], [], []
     for x_t in x:
         before.append(v)
@@ -56,7 +68,7 @@ def reference(x: np.ndarray, g: np.ndarray, config: NeuronConfig, decay: float) 
         grad_x[t] = grad_v * kept + grad_s * derivative(config.surrogate, charged[t] - threshold)
         grad_decay += float((grad_x[t] * (before[t] - v_r)).sum())
         grad_v = decay * grad_x[t]
-    return np.stack(spikes), grad_x, grad_decay
+    return Reference(np.stack(spikes), grad_x, grad_decay, grad_v)
 
 
 def layer(**constants: object) -> SpikingNeuron:
@@ -80,7 +92,7 @@ def test_spikes_and_gradients_are_those_of_the_formula(kind, v_reset, surrogate,
     spikes.backward(g)
     decay = net.decay.item() if kind == "plif" else net.decay
     assert decay == pytest.approx(1.0 if kind == "if" else 0.3, abs=1e-7)  # PLIF's w starts as a float32
-    want, grad_x, grad_decay = reference(*(a.detach().view(T, B, 7).numpy() for a in (x, g)), net.config, decay)
+    want, grad_x, grad_decay, _ = reference(*(a.detach().view(T, B, 7).numpy() for a in (x, g)), net.config, decay)
     assert 0.1 < want.mean() < 0.9
     np.testing.assert_array_equal(spikes.detach().view(T, B, 7).numpy(), want)
     np.testing.assert_allclose(x.grad.view(T, B, 7).numpy(), grad_x, rtol=1e-10, atol=1e-13)
@@ -277,6 +289,9 @@ def test_compiled_it_is_one_kernel_over_all_timesteps(kind):
         ({"v_reset": 1.0}, "v_reset"),
         ({"v_reset": math.nan}, "v_reset"),
         ({"surrogate_alpha": 0.0}, "surrogate_alpha"),
+        ({"v_init": 1.0}, "v_init"),
+        ({"v_init": math.nan}, "v_init"),
+        ({"v_init": "lerned"}, "v_init"),
     ],
 )
 def test_a_bad_constant_is_named(constants, key):

@@ -18,6 +18,8 @@ NEURONS = {
     "hard below": NeuronConfig(v_reset=-0.2, threshold=0.8),
     "if": NeuronConfig("if"),
     "plif": NeuronConfig("plif", decay=0.4),
+    "charged": NeuronConfig(v_init=0.6),
+    "learning its start": NeuronConfig(v_reset=-0.2, v_init="learned"),
 }
 
 

@@ -25,9 +25,10 @@ class Block(nn.Module):
     def __init__(self, net: "SpikingTransformer", channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.sn_in, self.sn_attended, self.sn_mlp, self.sn_hidden = (net.make_neuron() for _ in range(4))
+        self.sn_in, self.sn_attended, self.sn_mlp = (net.make_neuron(channels) for _ in range(3))
+        self.sn_hidden = net.make_neuron(2 * channels)
         self.queries, self.keys, self.values = (project(channels, channels) for _ in range(3))
-        self.sn_q, self.sn_k, self.sn_v = (net.make_neuron() for _ in range(3))
+        self.sn_q, self.sn_k, self.sn_v = (net.make_neuron(channels) for _ in range(3))
         self.out = project(channels, channels)
         self.widen, self.narrow = project(channels, 2 * channels), project(2 * channels, channels)
 
@@ -55,7 +56,7 @@ class SpikingTransformer(SpikingNet):
         super().__init__(num_classes, in_chans, num_timesteps, neuron)
         self.embed = project(in_chans, width, patch=4)
         self.blocks = nn.Sequential(*(Block(self, width, heads) for _ in range(2)))
-        self.sn_head: SpikingNeuron = self.make_neuron()
+        self.sn_head: SpikingNeuron = self.make_neuron(width)
         self.make_classifier(width)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -45,6 +45,10 @@ def refuse(model: SpikingNet, host_stem: bool = False) -> None:
     mistakes.require(
         not soft, "NIR has no neuron with a soft reset: train with student.neuron.v_reset=0, or export onnx or program"
     )
+    charged = any(isinstance(m, SpikingNeuron) and m.initial(torch.zeros(1, 1)) is not None for m in model.modules())
+    mistakes.require(
+        not charged, "NIR has no membrane at the start: train without student.neuron.v_init, or export onnx or program"
+    )
     ours = isinstance(model, SpikingResNetBase)
     mistakes.require(ours, f"{type(model).__name__}: only the package's own students are known in NIR")
     real = ours and model.sn1 is None and isinstance(model.maxpool, nn.MaxPool2d) and not host_stem

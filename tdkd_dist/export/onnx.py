@@ -33,10 +33,15 @@ def write(model: SpikingNet, path: Path, frames: int | None = None) -> None:
 
 
 def write_step(model: SpikingNet, path: Path) -> None:
-    """Write one timestep: `images` and `before.NEURON` to `logits` `[B, K]` and `after.NEURON`; at first all are 0."""
+    """Write one timestep: `images` and `before.NEURON` to `logits` `[B, K]` and `after.NEURON`.
+
+    What `before` is at first is in the metadata, under `start`.
+    """
     step = OneStep(model)
     inputs, outputs = ([f"{when}.{name}" for name in step.names] for when in ("before", "after"))
-    _write(export_step(step), path, ["images", *inputs], ["logits", *outputs], describe(model))
+    _write(
+        export_step(step), path, ["images", *inputs], ["logits", *outputs], describe(model) | {"start": step.starts()}
+    )
 
 
 def describe(model: SpikingNet) -> dict[str, str]:
@@ -99,14 +104,20 @@ def read_back_step(path: Path, batches: Iterable[Tensor], num_timesteps: int) ->
     """The same of a written timestep, run `num_timesteps` times."""
     import onnx
 
-    run = open_graph(path)
-    inputs = onnx.load(path, load_external_data=False).graph.input[1:]
-    return torch.cat([_run_steps(run, inputs, images.numpy(), num_timesteps) for images in batches], dim=1)
+    run, model = open_graph(path), onnx.load(path, load_external_data=False)
+    starts = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "start"))
+    inputs = model.graph.input[1:]
+    return torch.cat([_run_steps(run, inputs, starts, images.numpy(), num_timesteps) for images in batches], dim=1)
 
 
-def _run_steps(run: Run, inputs: Sequence[Any], images: Any, num_timesteps: int) -> Tensor:
-    shapes = {x.name: [d.dim_value for d in x.type.tensor_type.shape.dim[1:]] for x in inputs}
-    state = {name: np.zeros((images.shape[-4], *shape), images.dtype) for name, shape in shapes.items()}
+def _run_steps(
+    run: Run, inputs: Sequence[Any], starts: dict[str, list[float]], images: Any, num_timesteps: int
+) -> Tensor:
+    state = {}
+    for x in inputs:
+        channels, *rest = (d.dim_value for d in x.type.tensor_type.shape.dim[1:])
+        start = np.array(starts[x.name.removeprefix("before.")], images.dtype).reshape(-1, *[1] * len(rest))
+        state[x.name] = np.zeros((images.shape[-4], channels, *rest), images.dtype) + start
     logits = []
     for t in range(num_timesteps):
         answer, *after = run({"images": images if images.ndim == 4 else images[t], **state})

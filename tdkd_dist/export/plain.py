@@ -4,6 +4,7 @@ Shapes: T timesteps, B images, K classes.
 """
 
 import copy
+import json
 from typing import Any
 
 import torch
@@ -71,13 +72,14 @@ class OneStep(nn.Module):
     """One timestep of plain tensors: images `[B, C, H, W]` and membranes to logits `[B, K]` and membranes.
 
     The images are those of any other timestep, or this timestep's frame; membranes are measured from the reset value,
-    and 0 at first.
+    and at first what `starts` says.
     """
 
     def __init__(self, model: SpikingNet) -> None:
         super().__init__()
         self.model = model
-        self.names = [name for name, module in model.named_modules() if isinstance(module, SpikingNeuron)]
+        self.neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
+        self.names = list(self.neurons)
 
     def forward(self, images: Tensor, *membranes: Tensor) -> tuple[Tensor, ...]:
         """Logits and the membranes after the timestep, in the order of `names`."""
@@ -86,7 +88,17 @@ class OneStep(nn.Module):
         return logits, *(state[name] for name in self.names)
 
     @torch.no_grad()
-    def at_rest(self, images: Tensor) -> tuple[Tensor, ...]:
+    def at_first(self, images: Tensor) -> tuple[Tensor, ...]:
         """The membranes before the first timestep of such images."""
         _, state = self.model.step(images, frame=True)
-        return tuple(torch.zeros_like(state[name]) for name in self.names)
+        return tuple(torch.zeros_like(state[name]) + self._start(name, state[name]) for name in self.names)
+
+    @torch.no_grad()
+    def starts(self) -> str:
+        """The membranes before the first timestep, as JSON: by neuron, in order, a number a channel or one for all."""
+        like = torch.zeros(1, 1, dtype=torch.float64)
+        return json.dumps({name: self._start(name, like).flatten().tolist() for name in self.names})
+
+    def _start(self, name: str, state: Tensor) -> Tensor:
+        start = self.neurons[name].initial(state)
+        return state.new_zeros(1) if start is None else start

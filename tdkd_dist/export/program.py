@@ -18,15 +18,18 @@ from tdkd_dist.files import whole
 from tdkd_dist.students.base import SpikingNet
 
 READ_BACK = """
-import sys, numpy, torch
+import json, sys, numpy, torch
 path, folder, num_timesteps = sys.argv[1:]
-program = torch.export.load(path)
+extra = {"start.json": ""}
+program = torch.export.load(path, extra_files=extra)
+starts = list(json.loads(extra["start.json"] or "{}").values())
 images = numpy.load(f"{folder}/images.npz", allow_pickle=False)
 
 def steps(x):
     count = x.shape[-4]
     inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     state = [torch.zeros(count, *m.shape[1:], dtype=m.dtype) for m in inputs[1:]]
+    state = [m + torch.tensor(s, dtype=m.dtype).view(-1, *[1] * (m.ndim - 2)) for m, s in zip(state, starts)]
     for t in range(int(num_timesteps)):
         logits, *state = run(x if x.ndim == 4 else x[t], *state)
         yield logits
@@ -52,7 +55,7 @@ def export_whole(model: SpikingNet, frames: int | None = None) -> torch.export.E
 def export_step(step: OneStep) -> torch.export.ExportedProgram:
     """The graph of one timestep, see `OneStep`; any B."""
     images = example(step.model, 2)
-    membranes = step.at_rest(images)
+    membranes = step.at_first(images)
     batch = {0: torch.export.Dim("B")}
     return torch.export.export(step, (images, *membranes), dynamic_shapes=(batch, tuple(batch for _ in membranes)))
 
@@ -66,16 +69,17 @@ def write(model: SpikingNet, path: Path, frames: int | None = None) -> None:
 
 
 def write_step(model: SpikingNet, path: Path) -> None:
-    """Write one timestep of the student as a program."""
-    write_program(export_step(OneStep(model)), path)
+    """Write one timestep of the student as a program; its extra file `start.json` says the membranes at first."""
+    step = OneStep(model)
+    write_program(export_step(step), path, {"start.json": step.starts()})
 
 
-def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Save a program, whole or not at all."""
+def write_program(program: torch.export.ExportedProgram, path: Path, extra: dict[str, str] | None = None) -> None:
+    """Save a program with further texts, whole or not at all."""
     with whole(path) as partial:
         named = partial.with_name(partial.name + ".pt2")  # torch warns of other suffixes
         try:
-            torch.export.save(program, named)
+            torch.export.save(program, named, extra_files=extra)
             named.replace(partial)
         finally:
             named.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ INPUT = "input"
 class SpikingNet(nn.Module):
     """A spiking classifier: `[B, C, H, W]` images or `[T, B, C, H, W]` frames to logits `[T, B, K]`.
 
-    Every forward pass starts at rest and leaves nothing behind. A subclass builds its layers of `make_neuron()`'s
+    Every forward pass starts anew and leaves nothing behind. A subclass builds its layers of `make_neuron()`'s
     neurons, calls `make_classifier`, and defines `forward_features`.
     """
 
@@ -41,9 +41,9 @@ class SpikingNet(nn.Module):
         self.neuron = neuron or NeuronConfig()
         self.recomputed: frozenset[int] = frozenset()
 
-    def make_neuron(self) -> SpikingNeuron:
-        """A layer of this student's neurons."""
-        return SpikingNeuron(self.neuron, self.num_timesteps)
+    def make_neuron(self, channels: int | None = None) -> SpikingNeuron:
+        """A layer of this student's neurons for currents `[T*B, channels, ...]`, which only `v_init=learned` must know."""
+        return SpikingNeuron(self.neuron, self.num_timesteps, channels)
 
     def make_classifier(self, features: int, hidden: int | None = None) -> None:
         """Add `fc` on `features` channels, or on the `hidden` ones between them and `fc`."""
@@ -90,7 +90,7 @@ class SpikingNet(nn.Module):
         raise NotImplementedError
 
     def step(self, images: Tensor, state: State | None = None, *, frame: bool = False) -> tuple[Tensor, State]:
-        """One timestep: logits `[B, K]` and the state after it, for images `[B, C, H, W]`; `state` None: at rest.
+        """One timestep: logits `[B, K]` and the state after it, for images `[B, C, H, W]`; `state` None: the start.
 
         T steps give what `forward` gives in eval mode. What is the same at every step is computed in the first and
         kept in the state, so that later steps look at `state` alone; with `frame`, `images` is this step's frame. The
@@ -157,9 +157,9 @@ class SpikingNet(nn.Module):
         self.fc = nn.Linear(self.head_hidden_size, num_classes) if num_classes > 0 else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimiser builders must not decay: the learned leaks of PLIF."""
-        names = {name for name, m in self.named_modules() if isinstance(m, SpikingNeuron) and m.config.kind == "plif"}
-        return {f"{name}.w" for name in names}
+        """Parameters that timm's optimiser builders must not decay: what neurons learn."""
+        neurons = {name: m for name, m in self.named_modules() if isinstance(m, SpikingNeuron)}
+        return {f"{name}.{own}" for name, m in neurons.items() for own, _ in m.named_parameters()}
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,13 @@ class PreactBlock(resnet.ResidualBlock):
         drop_path: float,
         *,
         bias: bool,
-        make_neuron: Callable[[], SpikingNeuron],
+        make_neuron: Callable[[int], SpikingNeuron],
     ) -> None:
         super().__init__()
         self.out_channels = width
-        self.sn1, self.conv1, self.bn1 = make_neuron(), conv3x3(in_channels, width, stride, bias), nn.BatchNorm2d(width)
-        self.sn2, self.conv2, self.bn2 = make_neuron(), conv3x3(width, width, 1, bias), nn.BatchNorm2d(width)
+        self.sn1, self.conv1 = make_neuron(in_channels), conv3x3(in_channels, width, stride, bias)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.sn2, self.conv2, self.bn2 = make_neuron(width), conv3x3(width, width, 1, bias), nn.BatchNorm2d(width)
         self.downsample = resnet.downsample(in_channels, width, stride, bias)
         self.drop_path = resnet.TemporalDropPath(drop_path, self.sn1.num_timesteps)
 
@@ -81,7 +82,7 @@ class MembraneResNet(resnet.SpikingResNetBase):
         block = partial(PreactBlock, bias=bias, make_neuron=self.make_neuron)
         widths = [width * 2**stage for stage in range(len(depths))]
         features = self.make_stages(block, widths, depths, 1 if stem_pool else 2, drop_path_rate)
-        self.sn_head = self.make_neuron() if head_neuron else None
+        self.sn_head = self.make_neuron(features) if head_neuron else None
         self.make_classifier(features)
         self.init_weights(zero_init_last)
 

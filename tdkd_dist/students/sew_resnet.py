@@ -16,7 +16,7 @@ from tdkd_dist.students import base, resnet
 from tdkd_dist.students.resnet import conv3x3
 
 Connect = Literal["ADD", "AND", "IAND"]
-MakeNeuron = Callable[[], SpikingNeuron]
+MakeNeuron = Callable[[int], SpikingNeuron]
 
 
 def join(a: Tensor, b: Tensor, connect: Connect) -> Tensor:
@@ -44,10 +44,10 @@ class BasicBlock(resnet.ResidualBlock):
         super().__init__()
         self.out_channels = width
         self.connect: Connect = connect
-        self.conv1, self.bn1, self.sn1 = conv3x3(in_channels, width, stride), nn.BatchNorm2d(width), make_neuron()
-        self.conv2, self.bn2, self.sn2 = conv3x3(width, width), nn.BatchNorm2d(width), make_neuron()
+        self.conv1, self.bn1, self.sn1 = conv3x3(in_channels, width, stride), nn.BatchNorm2d(width), make_neuron(width)
+        self.conv2, self.bn2, self.sn2 = conv3x3(width, width), nn.BatchNorm2d(width), make_neuron(width)
         self.downsample = resnet.downsample(in_channels, width, stride)
-        self.downsample_sn = None if self.downsample is None else make_neuron()
+        self.downsample_sn = None if self.downsample is None else make_neuron(width)
         self.drop_path = resnet.TemporalDropPath(drop_path, self.sn1.num_timesteps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,12 +85,12 @@ class Bottleneck(resnet.ResidualBlock):
         self.out_channels = out_channels = width * self.expansion
         self.connect: Connect = connect
         self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.sn1 = make_neuron()
-        self.conv2, self.bn2, self.sn2 = conv3x3(width, width, stride), nn.BatchNorm2d(width), make_neuron()
+        self.sn1 = make_neuron(width)
+        self.conv2, self.bn2, self.sn2 = conv3x3(width, width, stride), nn.BatchNorm2d(width), make_neuron(width)
         self.conv3, self.bn3 = nn.Conv2d(width, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
-        self.sn3 = make_neuron()
+        self.sn3 = make_neuron(out_channels)
         self.downsample = resnet.downsample(in_channels, out_channels, stride)
-        self.downsample_sn = None if self.downsample is None else make_neuron()
+        self.downsample_sn = None if self.downsample is None else make_neuron(out_channels)
         self.drop_path = resnet.TemporalDropPath(drop_path, self.sn1.num_timesteps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class SEWResNet(resnet.SpikingResNetBase):
         kernel = 3 if small_stem else 7
         self.conv1 = nn.Conv2d(in_chans, width, kernel, 2, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.sn1 = self.make_neuron()
+        self.sn1 = self.make_neuron(width)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
         make_block = partial(block, connect=connect, make_neuron=self.make_neuron)
         widths = [width * 2**stage for stage in range(len(depths))]

@@ -25,12 +25,12 @@ class PostactBlock(resnet.ResidualBlock):
         stride: int,
         drop_path: float,
         *,
-        make_neuron: Callable[[], SpikingNeuron],
+        make_neuron: Callable[[int], SpikingNeuron],
     ) -> None:
         super().__init__()
         self.out_channels = width
-        self.conv1, self.bn1, self.sn1 = conv3x3(in_channels, width, stride), nn.BatchNorm2d(width), make_neuron()
-        self.conv2, self.bn2, self.sn2 = conv3x3(width, width), nn.BatchNorm2d(width), make_neuron()
+        self.conv1, self.bn1, self.sn1 = conv3x3(in_channels, width, stride), nn.BatchNorm2d(width), make_neuron(width)
+        self.conv2, self.bn2, self.sn2 = conv3x3(width, width), nn.BatchNorm2d(width), make_neuron(width)
         self.downsample = resnet.downsample(in_channels, width, stride)
         self.drop_path = resnet.TemporalDropPath(drop_path, self.sn1.num_timesteps)
 
@@ -71,13 +71,13 @@ class SpikingResNet(resnet.SpikingResNetBase):
         super().__init__(num_classes, in_chans, num_timesteps, neuron)
         self.conv1 = conv3x3(in_chans, width)
         self.bn1 = nn.BatchNorm2d(width)
-        self.sn1 = self.make_neuron()
+        self.sn1 = self.make_neuron(width)
         self.maxpool = nn.Identity()
         block = partial(PostactBlock, make_neuron=self.make_neuron)
         widths = [width * 2**stage for stage in range(len(depths))]
         features = self.make_stages(block, widths, depths, 1, drop_path_rate)
         self.fc1 = nn.Linear(features, hidden) if hidden else None
-        self.sn_fc1 = self.make_neuron() if hidden else None
+        self.sn_fc1 = self.make_neuron(hidden) if hidden else None
         self.make_classifier(features, hidden)
         self.init_weights(zero_init_last)
 
