@@ -1,8 +1,13 @@
 """Recordings of event cameras that the tests write, byte by byte, in the forms that data sets come in."""
 
+import io
 import struct
 import sys
+import tarfile
 import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -80,3 +85,60 @@ def as_aedat4(events: Events, height: int = 128, width: int = 128) -> bytes:
 def as_bin(events: Events) -> bytes:
     t, x, y, p = wide(events)
     return np.stack([x, y, p << 7 | t >> 16, t >> 8 & 255, t & 255], axis=1).astype(np.uint8).tobytes()
+
+
+def by_name(events: Events) -> dict[str, np.ndarray]:
+    return dict(zip("txyp", wide(events), strict=True))
+
+
+def as_npz(events: Events) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **by_name(events))
+    return file.getvalue()
+
+
+CLASSES = ["bird", "cat", "ship"]
+PER_CLASS = 4
+RECORDINGS = [(name, i, draw(10 * c + i, count=60 + i)) for c, name in enumerate(CLASSES) for i in range(PER_CLASS)]
+"""The class of each, its number in the class, its events."""
+LABELS = np.repeat(np.arange(len(CLASSES)), PER_CLASS)
+
+
+def make_folders(root: Path, suffix: str, write: Callable[[Events], bytes]) -> Path:
+    for name, i, events in RECORDINGS:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / f"{name}_{i}{suffix}").write_bytes(write(events))
+    return root
+
+
+def make_zips(root: Path) -> Path:
+    """A zip a class, as CIFAR10-DVS is handed out, with what macOS packs beside."""
+    root.mkdir(exist_ok=True)
+    for name in CLASSES:
+        with zipfile.ZipFile(root / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for _, i, events in [row for row in RECORDINGS if row[0] == name]:
+                archive.writestr(f"{name}/{name}_{i}.aedat", as_aedat2(events))
+                archive.writestr(f"__MACOSX/{name}/._{name}_{i}.aedat", b"\0\5\26\7")
+    return root
+
+
+def make_tar(path: Path, folder: str = "data") -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w:" if path.suffix == ".tar" else f"w:{path.suffix[1:]}") as tar:
+        for name, i, events in reversed(RECORDINGS):
+            info = tarfile.TarInfo(f"{folder}/{name}/{name}_{i}.aedat")
+            info.size = len(as_aedat2(events))
+            tar.addfile(info, io.BytesIO(as_aedat2(events)))
+    return path
+
+
+def make_cache(root: Path, targets: list[object], copies: int = 1) -> Path:
+    from tonic.cached_dataset import save_to_disk_cache
+    from tonic.io import make_structured_array
+
+    root.mkdir(parents=True, exist_ok=True)
+    for i, ((_, _, events), target) in enumerate(zip(RECORDINGS, targets, strict=True)):
+        data = make_structured_array(events.x, events.y, events.t, events.p)
+        for copy in range(copies):
+            save_to_disk_cache(data if copy == 0 else data[::2], target, root / f"{i}_{copy}.hdf5")
+    return root

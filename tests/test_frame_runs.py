@@ -19,6 +19,7 @@ from tdkd_dist.data.frames import FrameRule
 from tdkd_dist.data.loaders import make_train_loader, make_val_loader
 from tdkd_dist.data.mixing import Mixer
 from tdkd_dist.data.normalise import Normalise, as_input
+from tdkd_dist.data.sources.source import FrameSource
 from tdkd_dist.losses import ensembles
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.teachers import Teacher
@@ -28,16 +29,15 @@ from tdkd_dist.weights import load_student, save_student
 CPU = torch.device("cpu")
 
 
-class Recordings:
+class Recordings(FrameSource):
     """Frames that were made up."""
 
-    kind, lossless, about = "made up", True, {"framing": "4 frames by number"}
-    class_names = ("left", "right")
+    kind, about, class_names = "made up", {"framing": "4 frames by number"}, ("left", "right")
+    labels = np.arange(21) % 2
 
-    def __init__(self, path: Path, count: int = 21, most: int = 200, shape: tuple[int, ...] = (4, 2, 40, 36)):
+    def __init__(self, path: Path, most: int = 200, shape: tuple[int, ...] = (4, 2, 40, 36)):
         self.path, self.shape = path, shape
-        self.counts = np.random.default_rng(0).integers(0, most, (count, *shape))
-        self.labels = np.arange(count) % 2
+        self.counts = np.random.default_rng(0).integers(0, most, (len(self.labels), *shape))
 
     def name(self, index: int) -> str:
         return f"recording {index}"

@@ -150,14 +150,13 @@ def _write_fitting(
     file: IO[bytes], source: AnySource, options: WriteOptions, workers: int, progress: Callable[[int, int], None]
 ) -> Manifest:
     """Frames in the narrowest type that holds every count."""
-    shape: tuple[int, int, int, int] | None = getattr(source, "shape", None)
-    if shape is None:
+    if not isinstance(source, FrameSource):
         return _write_all(file, source, options, workers, progress, None)
     for dtype in COUNT_TYPES:
-        layout = FrameLayout(shape, dtype)
+        layout = FrameLayout(source.shape, dtype)
         if layout.nbytes > PAGE_SIZE:
             raise Mistake(
-                f"{source.path}: frames of {list(shape)} counts do not fit a page; take fewer or smaller ones"
+                f"{source.path}: frames of {list(source.shape)} counts do not fit a page; take fewer or smaller ones"
             )
         try:
             return _write_all(file, source, options, workers, progress, layout)
@@ -227,7 +226,10 @@ def _describe(
 ) -> Manifest:
     labels, names = tables.samples["label"], source.class_names
     classes = len(names) if names is not None else int(labels.max()) + 1
-    scale = 255 if tables.frames is None else 1
+    scale, frames = 255, None
+    if isinstance(source, FrameSource):
+        assert tables.frames is not None
+        scale, frames = 1, source.about | asdict(tables.frames)
     count, (mean, square) = sums[0], np.split(sums[1:] / sums[0], 2)
     assert count > 0
     std = np.sqrt(np.maximum(0, square - mean**2))
@@ -245,7 +247,7 @@ def _describe(
         file_size=int(tables.header["alloc_table_ptr"]) + tables.allocations.nbytes,
         tables_sha256=tables.sha256(),
         skipped=skipped,
-        frames=None if tables.frames is None else {**getattr(source, "about", {}), **asdict(tables.frames)},
+        frames=frames,
     )
 
 
@@ -308,7 +310,8 @@ def _encode(source: AnySource, options: WriteOptions, layout: FrameLayout | None
         sample = source.read(index)
     except Mistake as error:
         return _Encoded(index, error=str(error))
-    if layout is not None:
+    if isinstance(source, FrameSource):
+        assert layout is not None
         return _encode_frames(sample, layout, index)
     return _encode_picture(source, _shrink(sample, options.max_side), options, index)
 
@@ -322,7 +325,7 @@ def _encode_frames(counts_TCHW: NDArray[Any], layout: FrameLayout, index: int) -
     return _Encoded(index, data=data, checksum=zlib.crc32(data), sums=sums, largest=int(counts_TCHW.max(initial=0)))
 
 
-def _encode_picture(source: AnySource, pixels: Image, options: WriteOptions, index: int) -> _Encoded:
+def _encode_picture(source: Source, pixels: Image, options: WriteOptions, index: int) -> _Encoded:
     """One picture as FFCV's `RGBImageField` has it."""
     import cv2
 

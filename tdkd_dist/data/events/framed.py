@@ -11,15 +11,11 @@ from numpy.typing import NDArray
 
 from tdkd_dist.data.events.framing import FramingRule, framed
 from tdkd_dist.data.events.recording import Frames, Guarded
+from tdkd_dist.data.sources.source import FrameSource
 
 
-class FramedSource:
-    """A source of recordings as a `FrameSource`, which `beton.writing.write` takes.
-
-    Raises `Mistake` if the rule does not fit the sensor.
-    """
-
-    lossless = True
+class FramedSource(FrameSource):
+    """A source of recordings as one of frames. Raises `Mistake` if the rule does not fit the sensor."""
 
     def __init__(self, source: Guarded, rule: FramingRule):
         self.source, self.rule = source, rule

@@ -1,4 +1,4 @@
-"""ImageNet in the forms it is handed out in, read in place: nothing is unpacked to disk.
+"""ImageNet in the forms it is handed out in, read in place; only a compressed tar is unpacked to disk, once.
 
 A tar is indexed once, by reading its headers; a picture is then one read at a known offset.
 """

@@ -1,11 +1,12 @@
-"""What a source of pictures is: its length, its labels and one picture at a time; and what every form shares.
+"""What a source of pictures or frames is: its labels and one sample at a time; and what every form shares.
 
-A source can be pickled: the writer's processes each open their own. Shapes: H x W x 3, uint8, RGB.
+A source can be pickled: the writer's processes each open their own. Shapes of pictures: H x W x 3, uint8, RGB.
 """
 
 import hashlib
 import os
 import stat
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +24,11 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
-class Source(Protocol):
-    """Labelled pictures in a fixed order."""
+class Labelled(Protocol):
+    """Labelled samples in a fixed order: what sources of pictures and of frames have in common."""
 
     kind: str
     path: Path
-    lossless: bool
-    """Its pictures are small and were never compressed: they are stored as they are."""
 
     @property
     def class_names(self) -> Sequence[str] | None:
@@ -38,15 +37,11 @@ class Source(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """The label of every picture, [N]."""
+        """The label of every sample, [N]."""
         ...
 
     def name(self, index: int) -> str:
-        """What to call picture `index` in a message."""
-        ...
-
-    def read(self, index: int) -> Image:
-        """Picture `index`, [H, W, 3]. Raises `Mistake`, naming it, when it cannot be decoded."""
+        """What to call sample `index` in a message."""
         ...
 
     def signature(self) -> str:
@@ -54,38 +49,28 @@ class Source(Protocol):
         ...
 
 
-class FrameSource(Protocol):
-    """Labelled frames of event recordings in a fixed order; the rest is as of a `Source`."""
+class Source(Labelled, Protocol):
+    """Labelled pictures."""
 
-    kind: str
-    path: Path
     lossless: bool
+    """Its pictures are small and were never compressed: they are stored as they are."""
+
+    def read(self, index: int) -> Image:
+        """Picture `index`, [H, W, 3]. Raises `Mistake`, naming it, when it cannot be decoded."""
+        ...
+
+
+class FrameSource(Labelled):
+    """Labelled frames of event recordings. A base class and no protocol: the writer asks whether a source is one."""
+
     shape: tuple[int, int, int, int]
     """Of a sample: frames, polarities, height, width."""
     about: dict[str, Any]
     """How recordings became frames, and which of them are here: what the manifest says of it."""
 
-    @property
-    def class_names(self) -> Sequence[str] | None:
-        """A name for each label, where the source has them."""
-        ...
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """The label of every recording, [N]."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What to call recording `index` in a message."""
-        ...
-
+    @abstractmethod
     def read(self, index: int) -> NDArray[Any]:
         """The counts of recording `index`, integers of `shape`. Raises `Mistake`, naming it, when it can't be read."""
-        ...
-
-    def signature(self) -> str:
-        """As of a `Source`; of the framing too."""
-        ...
 
 
 def of_split(found: Sequence[Path], split: str | None, prefixes: Mapping[str, tuple[str, ...]]) -> list[Path]:
