@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tdkd_dist.mistakes import require
+from tdkd_dist.mistakes import Mistake
 from tdkd_dist.neuron_config import NeuronConfig
 
 __all__ = ["NeuronConfig", "SpikingNeuron"]
@@ -103,10 +103,12 @@ def _step_without_gradient(
     x: Tensor, m: Tensor | None, decay: float | Tensor, first: Tensor | None, k: _Dynamics
 ) -> tuple[Tensor, Tensor]:
     """Spikes and membrane of one timestep in eager mode, written once each; x and m are left as they are."""
-    if m is None:
-        h = x.to(_state_dtype(x)) if first is None else x + first
-    else:
+    if m is not None:
         h = _charge(x, m, decay)
+    elif first is not None:
+        h = x + first
+    else:
+        h = x.to(_state_dtype(x))
     s = _fire(h, k.gap, out=torch.empty_like(x))
     return s, _reset(h, s, k.drop, out=None if h is x else h)
 
@@ -130,8 +132,9 @@ class _Spike(torch.autograd.Function):
 class _FoldedNeuron(torch.autograd.Function):
     """All T timesteps of a layer, `x_TB` `[T, B, ...]` to spikes of the same shape.
 
-    `first` is added to the first timestep's current, to which it broadcasts: what the membrane's start is worth. Saves `x_TB` alone. The backward pass fills one buffer with the membranes after each charge and then, from the
-    last step to the first, overwrites each with the gradient of its input.
+    `first` is added to the first timestep's current, to which it broadcasts: what the membrane's start is worth.
+    Besides it saves `x_TB` alone. The backward pass fills one buffer with the membranes after each charge and then,
+    from the last step to the first, overwrites each with the gradient of its input.
     """
 
     @staticmethod
@@ -247,9 +250,8 @@ class SpikingNeuron(nn.Module):
             # [1] and not a scalar: DeepSpeed broadcasts parameters as bytes, which a scalar can't be viewed as.
             self.w = nn.Parameter(torch.tensor([math.log(1 / config.decay - 1)]))
         if config.v_init == "learned":
-            require(
-                channels is not None, "student.neuron.v_init=learned: this student does not say its layers' channels"
-            )
+            if channels is None:
+                raise Mistake("student.neuron.v_init=learned: this student does not say its layers' channels")
             self.v_init = nn.Parameter(torch.full((channels,), v_r))
 
     @property

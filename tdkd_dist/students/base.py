@@ -42,7 +42,7 @@ class SpikingNet(nn.Module):
         self.recomputed: frozenset[int] = frozenset()
 
     def make_neuron(self, channels: int | None = None) -> SpikingNeuron:
-        """A layer of this student's neurons for currents `[T*B, channels, ...]`, which only `v_init=learned` must know."""
+        """A layer of this student's neurons for currents `[T*B, channels, ...]`; `v_init=learned` must know them."""
         return SpikingNeuron(self.neuron, self.num_timesteps, channels)
 
     def make_classifier(self, features: int, hidden: int | None = None) -> None:
