@@ -1,6 +1,7 @@
 """Recipes: how a short YAML file and overrides become a checked `Config`, and back.
 
-A recipe lies in `recipes/`; `base:` names the recipe it extends. Whatever is wrong with one is a `Mistake` whose
+A recipe lies in `recipes/`; `base:` names the recipe it extends, or several, of which the later win. A variant, in
+`recipes/variants/`, is a part of a recipe that goes over any other: the objectives to compare. Whatever is wrong with one is a `Mistake` whose
 message names the key or file.
 """
 
@@ -18,15 +19,17 @@ from tdkd_dist.files import write_text
 from tdkd_dist.mistakes import Mistake, Mistakes, require
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+VARIANTS = RECIPES / "variants"
 SITES = RECIPES.parent / "launch" / "sites"
 ACCURACY = RECIPES.parent / "docs" / "results" / "accuracy.csv"
 
 
 def list_recipes() -> dict[str, str]:
-    """Every recipe's name, with what `docs/results/accuracy.csv` says of its accuracy."""
+    """Every recipe's name, without the variants, with what `docs/results/accuracy.csv` says of its accuracy."""
     with ACCURACY.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    names = [str(path.relative_to(RECIPES).with_suffix("")) for path in sorted(RECIPES.rglob("*.yaml"))]
+    paths = [path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent != VARIANTS]
+    names = [str(path.relative_to(RECIPES).with_suffix("")) for path in paths]
     return {name: _describe_accuracy([row for row in rows if row["recipe"] == name]) for name in names}
 
 
@@ -44,26 +47,34 @@ def _describe_accuracy(rows: list[dict[str, str]]) -> str:
 def load_config(recipe: str, overrides: list[str]) -> Config:
     """The checked configuration of `recipe` (a name in `recipes/`, or a YAML file) with `key=value` overrides.
 
-    `site=NAME` among them, or else the environment's TDKD_SITE, names a file in `launch/sites/` (or a YAML file) that
-    wins over the recipe and loses to the other overrides. Raises `Mistake`, a line for each unknown recipe, site or
-    key, wrong type or bad value.
+    `variant=NAME` among them names a file in `recipes/variants/` (or a YAML file) that wins over the recipe; `site=NAME`,
+    or else the environment's TDKD_SITE, one in `launch/sites/` that wins over both. The other overrides win over all.
+    Raises `Mistake`, a line for each unknown recipe, variant, site or key, wrong type or bad value.
     """
     from omegaconf import OmegaConf
 
     path = find_recipe(recipe)
-    sites = [text.removeprefix("site=") for text in overrides if text.startswith("site=")]
-    site = sites[-1] if sites else os.environ.get("TDKD_SITE")
-    site_layers = [_read_yaml(_find_site(site))] if site else []
-    own = [text for text in overrides if not text.startswith("site=")]
+    variant, own = _take("variant", overrides)
+    site, own = _take("site", own)
+    site = site or os.environ.get("TDKD_SITE")
+    variant_layers = _read_layers(_find("variant", variant, VARIANTS)) if variant else []
+    site_layers = [_read_yaml(_find("site", site, SITES))] if site else []
     merged, found = OmegaConf.structured(Config), Mistakes()
-    for layer in [*_read_layers(path), *site_layers, *_parse_overrides(own, found)]:
+    for layer in [*_read_layers(path), *variant_layers, *site_layers, *_parse_overrides(own, found)]:
         with found.gathered():
             merged = _merge(merged, layer)
     config = _to_config(merged, found)
     if not config.run.name:
         # An evaluation leaves the record of the training that has the recipe's name alone.
-        config.run = replace(config.run, name=path.stem + ("" if config.train.epochs else "-eval"))
+        parts = [path.stem, *([Path(variant).stem] if variant else []), *([] if config.train.epochs else ["eval"])]
+        config.run = replace(config.run, name="-".join(parts))
     return config
+
+
+def _take(key: str, overrides: list[str]) -> tuple[str | None, list[str]]:
+    """The last value that the overrides give to `key`, and those of other keys."""
+    values = [text.partition("=")[2] for text in overrides if text.startswith(f"{key}=")]
+    return values[-1] if values else None, [text for text in overrides if not text.startswith(f"{key}=")]
 
 
 def load_all(members: list[tuple[str, list[str]]]) -> list[Config]:
@@ -80,7 +91,7 @@ def expand_sweep(recipe: str, overrides: list[str]) -> list[tuple[str, list[str]
     """Each member's recipe and overrides of a sweep: every combination of the values in `sweep.KEY=[a,b,...]`.
 
     `sweep.recipe=[...]` goes through recipes. The first key changes slowest. A member is called after its recipe (or
-    `run.name`) and its values, such as `twce-seed0`, and lives in `runs/` or in the folder `run.dir`. Without a
+    `run.name`) and its values, such as `twce-seed0` or `fashion_sew-mix-seed0` of a variant, and lives in `runs/` or in the folder `run.dir`. Without a
     `sweep.` override there is one member, as given. Raises `Mistake` for values that are no list.
     """
     swept = [text.removeprefix("sweep.") for text in overrides if text.startswith("sweep.")]
@@ -93,7 +104,7 @@ def expand_sweep(recipe: str, overrides: list[str]) -> list[tuple[str, list[str]
     for values in itertools.product(*choices):
         chosen = dict(zip(keys, values, strict=True))
         own_recipe = chosen.pop("recipe", recipe)
-        parts = [given.get("run.name") or Path(own_recipe).stem, *(f"{k.split('.')[-1]}{v}" for k, v in chosen.items())]
+        parts = [given.get("run.name") or Path(own_recipe).stem, *(_name_value(*item) for item in chosen.items())]
         if "run.name" in given and "recipe" in keys:
             parts.insert(1, Path(own_recipe).stem)
         name = "-".join(parts).replace(os.sep, "_")
@@ -102,6 +113,10 @@ def expand_sweep(recipe: str, overrides: list[str]) -> list[tuple[str, list[str]
             own.append(f"run.dir={Path(given['run.dir']) / name}")
         members.append((own_recipe, [*common, *own]))
     return members
+
+
+def _name_value(key: str, value: str) -> str:
+    return Path(value).stem if key == "variant" else f"{key.split('.')[-1]}{value}"
 
 
 def _parse_choices(text: str) -> tuple[str, list[str]]:
@@ -151,12 +166,13 @@ def find_recipe(recipe: str) -> Path:
     return path
 
 
-def _find_site(site: str) -> Path:
-    for path in (Path(site), SITES / f"{site}.yaml"):
+def _find(kind: str, name: str, folder: Path) -> Path:
+    """The file of a variant or site, given by its name in `folder` or by its path; `Mistake` if there is none."""
+    for path in (Path(name), folder / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = ", ".join(sorted(path.stem for path in SITES.glob("*.yaml")))
-    raise Mistake(f"site={site}: no such file in launch/sites; there are {known}")
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise Mistake(f"{kind}={name}: no such file in {folder.relative_to(RECIPES.parent)}; there are {known}")
 
 
 def _read_yaml(path: Path) -> Any:
@@ -194,13 +210,16 @@ def refuse_interpolations(layer: Any, where: str) -> None:
 
 
 def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Any]:
+    from omegaconf import OmegaConf
+
     require(path not in seen, f"{path}: `base:` leads back to the recipe itself")
     content = _read_yaml(path)
     base = content.pop("base", None)
-    if base is None:
-        return [content]
-    local = path.parent / f"{base}.yaml"
-    return [*_read_layers(local if local.is_file() else find_recipe(str(base)), (*seen, path)), content]
+    layers = []
+    for name in [] if base is None else base if OmegaConf.is_list(base) else [base]:
+        local = path.parent / f"{name}.yaml"
+        layers += _read_layers(local if local.is_file() else find_recipe(str(name)), (*seen, path))
+    return [*layers, content]
 
 
 def _parse_overrides(overrides: list[str], found: Mistakes) -> list[Any]:
