@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from tdkd_dist.launcher_config import LauncherConfig
 from tdkd_dist.limits import Section, limited
+from tdkd_dist.loss_config import LossConfig
 from tdkd_dist.mistakes import Mistakes, require
 from tdkd_dist.neuron_config import NeuronConfig
 
@@ -175,32 +176,6 @@ class StudentConfig(Section):
     """Chance that the last block's residual branch is dropped for a sample; it grows linearly from 0 at the first."""
     zero_init_last: bool | None = None
     """Start the last batch norm of each residual branch at 0; None: the model's default (true for ms_resnet)."""
-
-
-@dataclass
-class LossConfig(Section):
-    """Cross-entropy + alpha * distillation + beta * self-distillation (Yu et al., ICML 2025); see `losses`."""
-
-    section: ClassVar[str] = "loss"
-    target: Literal["temporal", "ensemble", "prefix", "mix"] = "temporal"
-    """Which logits each term sees: every timestep's own, the final ensemble only, the ensemble after each step, or half
-    of the first and half of the last (`mix`)."""
-    standardise: bool = False
-    """In both distillation terms, subtract the logits' mean over classes and divide by their standard deviation."""
-    alpha: float = limited(0.2, ">= 0", most=10_000)
-    """Weight of the teacher's term; 0: the teacher is not run."""
-    beta: float = limited(0.5, ">= 0", most=10_000)
-    """Weight of self-distillation."""
-    temperature: float = limited(1.0, "[0.01, 1000]")
-    """Divides the logits before both distillation terms, which are multiplied by its square."""
-    self_target: Literal["ensemble", "correct_only"] = "ensemble"
-    """What self-distillation learns from: the mean over timesteps, or that of the timesteps that are right."""
-    label_smoothing: float = limited(0.0, "[0, 1)")
-    """Share of each label that is spread over all classes."""
-    consistency: float = limited(0.0, ">= 0", most=10_000)
-    """Weight of each ensemble's cross-entropy to the next one, one timestep later (0.3 is usual); 0: off."""
-    tet: float = limited(0.0, "[0, 1)")
-    """Lambda of temporal efficient training: (1 - lambda) cross-entropy + lambda MSE of the logits to 1; 0: off."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ Deployment", ICML 2025.
 Shapes: T timesteps, B batch, K classes, S what the terms see (T timesteps, or 1 for the ensemble alone).
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,13 +40,17 @@ class TemporalDistillationLoss(nn.Module):
     - sd = tau^2/T sum_t KL(softmax(sg(s)/tau) || softmax(z_t/tau)), with sg stopping the gradient
 
     `self_target` says what s is: "ensemble", the mean of z_t over all timesteps (the paper); "correct_only", the mean
-    over the timesteps that classify the sample correctly, zeros if none does (the paper's released code).
+    over the timesteps that classify the sample correctly, zeros if none does (the paper's released code); "weighted",
+    for each t a mean over the other timesteps s, weighted by the softmax over s of (1 - H(softmax z_s)/ln K) cos(z_t,
+    z_s): how sure s is, and how similar (SeAl-KD, arXiv 2605.14252).
     `target` says which logits stand for z_t in the terms: "temporal", each timestep's own; "ensemble", the mean over
     all timesteps alone (standard logit distillation); "prefix", the mean m_t over the first t timesteps, which is what
     is deployed at t; "mix", both z_t and m_t, each with half the weight, except that self-distillation sees m_t alone.
     The self-target is always made of the timesteps' own logits. With `standardise` both divergences are of logits from
     which their mean over classes was subtracted, and which were divided by their standard deviation (Sun et al., CVPR
-    2024): their scale may differ from step to step.
+    2024): their scale may differ from step to step. With `align_errors` the teacher's term gives the class that the
+    student's logits predict, where that is wrong, the logit of the right class, and in the teacher's both classes the
+    smaller of its two: the wrong class need not be lowered below the right one (SeAl-KD).
 
     Two more, off by default, are always of the timesteps' own logits and their ensembles m_t = mean(z_1..z_t):
 
@@ -60,17 +65,18 @@ class TemporalDistillationLoss(nn.Module):
         alpha: float,
         beta: float,
         temperature: float,
-        self_target: Literal["ensemble", "correct_only"] = "ensemble",
+        self_target: Literal["ensemble", "correct_only", "weighted"] = "ensemble",
         *,
         target: Literal["temporal", "ensemble", "prefix", "mix"] = "temporal",
         standardise: bool = False,
+        align_errors: bool = False,
         label_smoothing: float = 0.0,
         consistency: float = 0.0,
         tet: float = 0.0,
     ) -> None:
         super().__init__()
-        if self_target not in ("ensemble", "correct_only"):
-            raise Mistake(f"loss.self_target={self_target}: must be ensemble or correct_only")
+        if self_target not in ("ensemble", "correct_only", "weighted"):
+            raise Mistake(f"loss.self_target={self_target}: must be ensemble, correct_only or weighted")
         if target not in ("temporal", "ensemble", "prefix", "mix"):
             raise Mistake(f"loss.target={target}: must be temporal, ensemble, prefix or mix")
         if not temperature > 0:
@@ -81,6 +87,7 @@ class TemporalDistillationLoss(nn.Module):
         self.self_target = self_target
         self.target = target
         self.standardise = standardise
+        self.align_errors = align_errors
         self.label_smoothing = label_smoothing
         self.consistency = consistency
         self.tet = tet
@@ -101,7 +108,7 @@ class TemporalDistillationLoss(nn.Module):
         if (self.alpha or self.beta) and (self.temperature != 1 or self.standardise):
             log_probs_SBK = self._soft(seen_SBK)
         if self.alpha and teacher_logits_BK is not None:
-            kl = self._divergence(_at_least_fp32(teacher_logits_BK).to(z_TBK.dtype), log_probs_SBK)
+            kl = self._from_teacher(seen_SBK, log_probs_SBK, _at_least_fp32(teacher_logits_BK).to(z_TBK.dtype), labels)
         if self.beta:
             # A mixture's second half are the ensembles.
             own_SBK = log_probs_SBK[len(z_TBK) :] if self.target == "mix" else log_probs_SBK
@@ -138,18 +145,31 @@ class TemporalDistillationLoss(nn.Module):
             return nll if smoothing == 0 else (1 - smoothing) * nll - smoothing * log_probs_SBK.mean()
         return -(((1 - smoothing) * labels + smoothing / K) * log_probs_SBK).sum(-1).mean()
 
+    def _from_teacher(self, seen_SBK: Tensor, log_probs_SBK: Tensor, q_BK: Tensor, labels: Tensor) -> Tensor:
+        if not self.align_errors:
+            return self._divergence(q_BK, log_probs_SBK)
+        right_SB1 = as_classes(labels).expand(len(seen_SBK), -1).unsqueeze(-1)
+        guess_SB1 = seen_SBK.argmax(-1, keepdim=True)  # where it is right, all this changes nothing
+        aligned_SBK = seen_SBK.scatter(-1, guess_SB1, seen_SBK.gather(-1, right_SB1))
+        q_SBK = q_BK.expand_as(seen_SBK)
+        smaller_SB1 = torch.minimum(q_SBK.gather(-1, guess_SB1), q_SBK.gather(-1, right_SB1))
+        q_SBK = q_SBK.scatter(-1, guess_SB1, smaller_SB1).scatter(-1, right_SB1, smaller_SB1)
+        return self._divergence(q_SBK, self._soft(aligned_SBK))
+
     def _self_target(self, z_TBK: Tensor, labels: Tensor) -> Tensor:
+        """`[B, K]`, or `[T, B, K]` where each timestep has its own."""
         if self.self_target == "ensemble":
             return z_TBK.mean(0)
+        if self.self_target == "weighted":
+            return _weighted_others(z_TBK)
         correct_TB1 = (z_TBK.argmax(-1) == as_classes(labels)).unsqueeze(-1)
         # 1e-8 as in the released code: a sample that no timestep gets right has an all-zero target.
         return (z_TBK * correct_TB1).sum(0) / (correct_TB1.sum(0, dtype=z_TBK.dtype) + 1e-8)
 
-    def _divergence(self, target_BK: Tensor, log_probs_SBK: Tensor) -> Tensor:
-        target_log_probs_BK = self._soft(target_BK.detach())
-        per_class_SBK = F.kl_div(
-            log_probs_SBK, target_log_probs_BK.expand_as(log_probs_SBK), log_target=True, reduction="none"
-        )
+    def _divergence(self, target: Tensor, log_probs_SBK: Tensor) -> Tensor:
+        """From the target `[B, K]` or `[S, B, K]`."""
+        target_log_probs_SBK = self._soft(target.detach()).expand_as(log_probs_SBK)
+        per_class_SBK = F.kl_div(log_probs_SBK, target_log_probs_SBK, log_target=True, reduction="none")
         return self.temperature**2 * per_class_SBK.sum(-1).mean()
 
 
@@ -168,6 +188,23 @@ def ensembles(logits_TBK: Tensor) -> Tensor:
     T = logits_TBK.shape[0]
     steps_T11 = torch.arange(1, T + 1, device=logits_TBK.device, dtype=logits_TBK.dtype).view(T, 1, 1)
     return logits_TBK.cumsum(0) / steps_T11
+
+
+def _weighted_others(z_TBK: Tensor) -> Tensor:
+    """For each timestep the mean of the others' logits, weighted by how sure and how similar they are; alone: its own.
+
+    SeAl-KD, arXiv 2605.14252.
+    """
+    T, _, K = z_TBK.shape
+    if T == 1:
+        return z_TBK
+    log_probs_TBK = F.log_softmax(z_TBK, dim=-1)
+    sureness_TB = 1 + (log_probs_TBK.exp() * log_probs_TBK).sum(-1) / math.log(K) if K > 1 else z_TBK.new_ones(T, 1)
+    direction_TBK = F.normalize(z_TBK, dim=-1)
+    scores_TTB = (direction_TBK.unsqueeze(1) * direction_TBK).sum(-1) * sureness_TB
+    itself_TT1 = torch.eye(T, dtype=torch.bool, device=z_TBK.device).unsqueeze(-1)
+    weights_TTB = scores_TTB.masked_fill(itself_TT1, -math.inf).softmax(1)
+    return torch.einsum("tsb,sbk->tbk", weights_TTB, z_TBK)
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Recipes: how a short YAML file and overrides become a checked `Config`, and back.
 
 A recipe lies in `recipes/`; `base:` names the recipe it extends, or several, of which the later win. A variant, in
-`recipes/variants/`, is a part of a recipe that goes over any other: the objectives to compare. Whatever is wrong with one is a `Mistake` whose
-message names the key or file.
+`recipes/variants/`, is a part of a recipe that goes over any other: the objectives to compare. Whatever is wrong with
+one is a `Mistake` whose message names the key or file.
 """
 
 import csv
@@ -47,8 +47,9 @@ def _describe_accuracy(rows: list[dict[str, str]]) -> str:
 def load_config(recipe: str, overrides: list[str]) -> Config:
     """The checked configuration of `recipe` (a name in `recipes/`, or a YAML file) with `key=value` overrides.
 
-    `variant=NAME` among them names a file in `recipes/variants/` (or a YAML file) that wins over the recipe; `site=NAME`,
-    or else the environment's TDKD_SITE, one in `launch/sites/` that wins over both. The other overrides win over all.
+    `variant=NAME` among them names a file in `recipes/variants/` (or a YAML file) that wins over the recipe;
+    `site=NAME`, or else the environment's TDKD_SITE, one in `launch/sites/` that wins over both. The other overrides
+    win over all.
     Raises `Mistake`, a line for each unknown recipe, variant, site or key, wrong type or bad value.
     """
     from omegaconf import OmegaConf
@@ -90,9 +91,10 @@ def load_all(members: list[tuple[str, list[str]]]) -> list[Config]:
 def expand_sweep(recipe: str, overrides: list[str]) -> list[tuple[str, list[str]]]:
     """Each member's recipe and overrides of a sweep: every combination of the values in `sweep.KEY=[a,b,...]`.
 
-    `sweep.recipe=[...]` goes through recipes. The first key changes slowest. A member is called after its recipe (or
-    `run.name`) and its values, such as `twce-seed0` or `fashion_sew-mix-seed0` of a variant, and lives in `runs/` or in the folder `run.dir`. Without a
-    `sweep.` override there is one member, as given. Raises `Mistake` for values that are no list.
+    `sweep.recipe=[...]` goes through recipes, `sweep.variant=[...]` through variants. The first key changes slowest. A
+    member is called after its recipe (or `run.name`) and its values, such as `twce-seed0` or `fashion_sew-mix-seed0`
+    of a variant, and lives in `runs/` or in the folder `run.dir`. Without a `sweep.` override there is one member, as
+    given. Raises `Mistake` for values that are no list.
     """
     swept = [text.removeprefix("sweep.") for text in overrides if text.startswith("sweep.")]
     if not swept:

@@ -10,7 +10,7 @@ FLOORS = """
 mistakes
 files curves distributed memory
 limits command_line batch_norm losses
-neuron_config launcher_config metrics
+neuron_config launcher_config loss_config metrics
 config neurons
 recipe
 students.base students.outside

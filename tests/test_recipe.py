@@ -13,7 +13,16 @@ from tdkd_dist.config import Config, flatten
 from tdkd_dist.limits import Section
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.neuron_config import NeuronConfig
-from tdkd_dist.recipe import ACCURACY, RECIPES, expand_sweep, list_recipes, load_config, read_config, save_config
+from tdkd_dist.recipe import (
+    ACCURACY,
+    RECIPES,
+    VARIANTS,
+    expand_sweep,
+    list_recipes,
+    load_config,
+    read_config,
+    save_config,
+)
 
 
 @pytest.fixture
@@ -209,6 +218,43 @@ def test_members_of_a_sweep_are_named_and_placed_apart():
 def test_a_sweep_wants_a_list(text):
     with pytest.raises(ValueError, match=r"^sweep\.run\.seed.*: a list is wanted, such as sweep\.run\.seed=\[1,2\]$"):
         expand_sweep("fashion_sew", [text])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in VARIANTS.glob("*.yaml")))
+def test_every_variant_goes_over_every_student_recipe(name):
+    for recipe in ("imagenet_sew34", "imagenette_sew18_cpu", "cifar10_resnet18"):
+        config = load_config(recipe, [f"variant={name}", "train.epochs=3"])
+        assert config.run.name == f"{recipe}-{name}"
+        plain = load_config(recipe, ["train.epochs=3"])
+        assert (config.data, config.optim, config.train.epochs) == (plain.data, plain.optim, 3)
+    assert (VARIANTS / f"{name}.yaml").read_text().startswith("# ")
+    assert f"variants/{name}" not in list_recipes()
+
+
+def test_a_variant_wins_over_the_recipe_and_loses_to_the_command_line(tmp_path):
+    config = load_config("fashion_sew", ["loss.beta=0.3", "variant=seal"])
+    assert (config.loss.alpha, config.loss.beta, config.loss.self_target) == (0.6, 0.3, "weighted")
+    (tmp_path / "mine.yaml").write_text("base: [mix, all_v_half]\nloss: {alpha: 1}\n")
+    with pytest.raises(ValueError, match=r"^recipe=mix: no such recipe"):
+        load_config("fashion_sew", [f"variant={tmp_path / 'mine.yaml'}"])
+    (tmp_path / "mine.yaml").write_text("base: [variants/all_v_half, variants/mix]\nloss: {alpha: 1}\n")
+    config = load_config("fashion_sew", [f"variant={tmp_path / 'mine.yaml'}"])
+    assert (config.loss.target, config.loss.alpha, config.student.neuron.v_init) == ("mix", 1, 0.5)
+    assert config.run.name == "fashion_sew-mine"
+    with pytest.raises(ValueError, match=r"^variant=mixed: no such file in recipes/variants; there are all, "):
+        load_config("fashion_sew", ["variant=mixed"])
+
+
+def test_a_sweep_goes_through_variants():
+    members = expand_sweep("fashion_sew", ["sweep.variant=[all,mix]", "sweep.run.seed=[0]", "run.dir=out"])
+    configs = [load_config(recipe, overrides) for recipe, overrides in members]
+    assert [str(c.run.folder) for c in configs] == ["out/fashion_sew-all-seed0", "out/fashion_sew-mix-seed0"]
+    assert [c.loss.target for c in configs] == ["temporal", "mix"]
+
+
+def test_the_weighted_self_target_is_each_timesteps_own():
+    with pytest.raises(ValueError, match=r"^loss\.self_target=weighted: .*needs loss\.target=temporal, not mix$"):
+        load_config("fashion_sew", ["loss.self_target=weighted", "loss.target=mix"])
 
 
 def test_a_site_wins_over_the_recipe_and_loses_to_the_command_line(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = [ROOT / "tdkd_dist" / f"{name}.py" for name in ("config", "launcher_config", "neuron_config")]
+SCHEMA = [ROOT / "tdkd_dist" / f"{name}.py" for name in ("config", "loss_config", "launcher_config", "neuron_config")]
 PAGE = ROOT / "docs" / "keys.md"
 COMMAND = "python tools/key_reference.py"
 HEAD = f"""# Every key

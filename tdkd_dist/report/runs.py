@@ -9,6 +9,7 @@ import os
 import re
 from array import array
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,10 +172,14 @@ class PairedDifference:
 
 def paired_differences(group: Group, reference: Group) -> list[PairedDifference]:
     """After t = 1..T, over the seeds that both have; empty if there is none."""
+    ours, theirs = ({run.config.run.seed: run.curve("top1") for run in g.runs} for g in (group, reference))
+    return paired(ours, theirs)
+
+
+def paired(ours: Mapping[int, Floats], theirs: Mapping[int, Floats]) -> list[PairedDifference]:
+    """The same of curves of top-1 by seed."""
     from scipy.stats import t as student
 
-    ours = {run.config.run.seed: run.curve("top1") for run in group.runs}
-    theirs = {run.config.run.seed: run.curve("top1") for run in reference.runs}
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return []

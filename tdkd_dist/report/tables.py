@@ -49,7 +49,7 @@ def paired_table(groups: Sequence[Group]) -> Rows:
     for group in others:
         found = paired_differences(group, reference)
         if found:
-            cells = [_difference(d) for d in found]
+            cells = [show_difference(d) for d in found]
             rows.append([group.name, str(found[0].seeds), *cells, *[""] * (T - len(cells))])
     return rows
 
@@ -148,7 +148,8 @@ def latex(rows: Rows) -> str:
     return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{lines[0]}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}"
 
 
-def _difference(d: PairedDifference) -> str:
+def show_difference(d: PairedDifference) -> str:
+    """`-0.29 [-1.78, +1.19], not resolved`: mean and interval; the difference alone of one seed."""
     if d.seeds < 2:
         return f"{d.mean:+.2f}"
     verdict = "" if d.resolved else ", not resolved"
