@@ -14,8 +14,8 @@ SLOPES = {"sigmoid": 4.0, "atan": 2.0, "rectangle": 1.0, "triangle": 1.0}
 class NeuronConfig(Section):
     """One spiking neuron's constants; every layer of a student shares them.
 
-    Charge: ``v <- v_r + decay * (v - v_r) + x`` with ``v_r = v_reset or 0``, from ``v = v_init`` at the start; a spike
-    when ``v >= threshold``.
+    Charge: ``v <- v_r + decay * (v - v_r) + x`` with ``v_r = v_reset or 0``, from ``v = v_init`` at the start, and at
+    first with ``first_scale * x``; a spike when ``v >= threshold``.
     Raises `Mistake`, naming the key, for a value outside its range.
     """
 
@@ -31,6 +31,9 @@ class NeuronConfig(Section):
     v_init: float | int | Literal["learned"] | None = limited(None, "[-1000, 1000]")
     """The membrane potential that every image starts from; None: the reset value. `learned`: each channel of each layer
     learns its own, starting from the reset value (Shen et al., NeurIPS 2024)."""
+    first_scale: float | int | Literal["learned"] | None = limited(None, "[0, 100]")
+    """What the first timestep's current is multiplied by, since the later ones find membranes that like currents have
+    charged; None: 1. `learned`: each channel of each layer learns its own, starting from 1."""
     surrogate: Literal["sigmoid", "atan", "rectangle", "triangle"] = "sigmoid"
     """The shape of the gradient that stands in for the spike's."""
     surrogate_alpha: float | None = limited(None, "> 0", most=1000)

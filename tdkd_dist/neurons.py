@@ -2,7 +2,7 @@
 
 Shapes: T timesteps, B samples, ... anything (usually C, H, W). A multi-step layer reads and returns `[T*B, ...]`,
 T-major. `m` is the membrane measured from its reset value (v - v_r): 0 at the start, unless `v_init` says otherwise.
-What is left of that start after the first leak is added to the first current.
+What is left of that start after the first leak is added to the first current, which `first_scale` multiplies.
 
 The arithmetic of a timestep is `_charge`, `_fire` and `_reset`. Three things run it: `SpikingNeuron.step` (plain
 operations; unrolled over T it is what torch.compile fuses into one kernel), `_FoldedNeuron` (eager mode: in place,
@@ -71,17 +71,27 @@ def _charge(x: Tensor, m: Tensor, decay: float | Tensor, out: Tensor | None = No
     return torch.add(x, m, alpha=decay, out=out)
 
 
-def _start(x: Tensor, first: Tensor | None) -> Tensor:
-    """The first charge: x in the state's type plus what the start is worth, as a computation of its own.
+class _First(NamedTuple):
+    """What the first timestep's current is multiplied by and what is added; both broadcast to it, None: nothing."""
+
+    scale: Tensor | None
+    offset: Tensor | None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The first charge."""
+        h = x.to(_state_dtype(x)) if self.scale is None else x * self.scale
+        return h if self.offset is None else h + self.offset
+
+
+def _start(x: Tensor, first: _First) -> Tensor:
+    """The first charge, as a computation of its own.
 
     Not the sum with a membrane of zeros: Inductor makes all layers of a shape share one, and AOTAutograd's partitioner
     keeps what is computed from it, taking the first layer and the last for too far apart to compute it again. Nor x
     itself: a part of all timesteps' currents that is read twice, which makes Inductor write all of them to memory. It
     takes out sums with 0 and copies, but not this.
     """
-    if first is not None:
-        return x + first
-    h = x.to(_state_dtype(x))
+    h = first.of(x)
     return h if h is not x else x.neg().neg()
 
 
@@ -100,15 +110,10 @@ def _state_dtype(x: Tensor) -> torch.dtype:
 
 
 def _step_without_gradient(
-    x: Tensor, m: Tensor | None, decay: float | Tensor, first: Tensor | None, k: _Dynamics
+    x: Tensor, m: Tensor | None, decay: float | Tensor, first: _First, k: _Dynamics
 ) -> tuple[Tensor, Tensor]:
     """Spikes and membrane of one timestep in eager mode, written once each; x and m are left as they are."""
-    if m is not None:
-        h = _charge(x, m, decay)
-    elif first is not None:
-        h = x + first
-    else:
-        h = x.to(_state_dtype(x))
+    h = first.of(x) if m is None else _charge(x, m, decay)
     s = _fire(h, k.gap, out=torch.empty_like(x))
     return s, _reset(h, s, k.drop, out=None if h is x else h)
 
@@ -132,37 +137,39 @@ class _Spike(torch.autograd.Function):
 class _FoldedNeuron(torch.autograd.Function):
     """All T timesteps of a layer, `x_TB` `[T, B, ...]` to spikes of the same shape.
 
-    `first` is added to the first timestep's current, to which it broadcasts: what the membrane's start is worth.
-    Besides it saves `x_TB` alone. The backward pass fills one buffer with the membranes after each charge and then,
-    from the last step to the first, overwrites each with the gradient of its input.
+    `scale` and `offset` are those of `_First`. Besides it saves `x_TB` alone. The backward pass fills one buffer with
+    the membranes after each charge and then, from the last step to the first, overwrites each with the gradient of its
+    input.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TB: Tensor, decay: float | Tensor, first: Tensor | None, k: _Dynamics) -> Tensor:
+    def forward(
+        ctx: Any, x_TB: Tensor, decay: float | Tensor, scale: Tensor | None, offset: Tensor | None, k: _Dynamics
+    ) -> Tensor:
         m = torch.zeros_like(x_TB[0], dtype=_state_dtype(x_TB))
         s_TB = _steps_like(m, len(x_TB), x_TB.dtype)
         for t, (x, s) in enumerate(zip(x_TB, s_TB, strict=True)):
             _charge(x, m, decay, out=m)
-            if t == 0 and first is not None:
-                m += first
+            if t == 0:
+                _change_first(m, scale, offset)
             _fire(m, k.gap, out=s)
             _reset(m, s, k.drop, out=m)
-        ctx.save_for_backward(x_TB, decay if isinstance(decay, Tensor) else None, first)
+        ctx.save_for_backward(x_TB, decay if isinstance(decay, Tensor) else None, scale, offset)
         ctx.constants = decay if isinstance(decay, float) else None, k
         return s_TB
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TB: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        (x_TB, learned, first), (constant, k) = ctx.saved_tensors, ctx.constants
+    def backward(ctx: Any, grad_TB: Tensor) -> tuple[Tensor | None, ...]:
+        (x_TB, learned, scale, offset), (constant, k) = ctx.saved_tensors, ctx.constants
         decay = constant if learned is None else learned
         m = torch.zeros_like(x_TB[0], dtype=_state_dtype(x_TB))
         s, d, grad_s = torch.empty_like(m), torch.empty_like(m), torch.empty_like(m)
         h_TB = _steps_like(m, len(x_TB), m.dtype)
         for t, (x, h) in enumerate(zip(x_TB, h_TB, strict=True)):
             _charge(x, m, decay, out=h)
-            if t == 0 and first is not None:
-                h += first
+            if t == 0:
+                _change_first(h, scale, offset)
             _reset(h, _fire(h, k.gap, out=s), k.drop, out=m)
 
         grad_m = m.zero_()  # of the membrane after the reset; nothing reads the last one
@@ -183,8 +190,18 @@ class _FoldedNeuron(torch.autograd.Function):
                 before = h_TB[t - 1]
                 grad_decay += _reset(before, _fire(before, k.gap, out=s), k.drop, out=d).mul_(grad_h).sum()
             torch.mul(grad_h, decay, out=grad_m)
-        grad_first = h_TB[0].sum_to_size(first.shape) if ctx.needs_input_grad[2] else None
-        return h_TB.to(x_TB.dtype), grad_decay, grad_first, None
+        grad_scale = (h_TB[0] * x_TB[0]).sum_to_size(scale.shape) if ctx.needs_input_grad[2] else None
+        grad_offset = h_TB[0].sum_to_size(offset.shape) if ctx.needs_input_grad[3] else None
+        _change_first(h_TB[0], scale, None)
+        return h_TB.to(x_TB.dtype), grad_decay, grad_scale, grad_offset, None
+
+
+def _change_first(h: Tensor, scale: Tensor | None, offset: Tensor | None) -> None:
+    """`_First.of` in place."""
+    if scale is not None:
+        h *= scale
+    if offset is not None:
+        h += offset
 
 
 def _steps_like(m: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
@@ -227,7 +244,7 @@ class SpikingNeuron(nn.Module):
 
     Called with `[T*B, ...]` it returns spikes (0 or 1) of the same shape, dtype and memory format. The membrane
     starts at `v_init` or its reset value, is kept in fp32 or wider, and is forgotten afterwards. `channels`, the second
-    of the current's dimensions, must be said where each learns its start; `Mistake` if it is not.
+    of the current's dimensions, must be said where each learns its own start; `Mistake` if it is not.
     """
 
     def __init__(self, config: NeuronConfig, num_timesteps: int, channels: int | None = None) -> None:
@@ -249,10 +266,11 @@ class SpikingNeuron(nn.Module):
         if config.kind == "plif":
             # [1] and not a scalar: DeepSpeed broadcasts parameters as bytes, which a scalar can't be viewed as.
             self.w = nn.Parameter(torch.tensor([math.log(1 / config.decay - 1)]))
-        if config.v_init == "learned":
-            if channels is None:
-                raise Mistake("student.neuron.v_init=learned: this student does not say its layers' channels")
-            self.v_init = nn.Parameter(torch.full((channels,), v_r))
+        for name, start in (("v_init", v_r), ("first_scale", 1.0)):
+            if getattr(config, name) == "learned":
+                if channels is None:
+                    raise Mistake(f"student.neuron.{name}=learned: this student does not say its layers' channels")
+                self.register_parameter(name, nn.Parameter(torch.full((channels,), start)))
 
     @property
     def decay(self) -> float | Tensor:
@@ -261,16 +279,23 @@ class SpikingNeuron(nn.Module):
 
     def initial(self, x: Tensor) -> Tensor | None:
         """What the state is at the start, such that it broadcasts to the current `[B, C, ...]`; None at rest."""
-        v_init, v_r = self.config.v_init, self.config.v_reset or 0.0
-        if v_init == "learned":
-            return (self.v_init - v_r).to(_state_dtype(x)).view(-1, *[1] * (x.ndim - 2))
-        if v_init is None or v_init == v_r:
-            return None
-        return x.new_full((1,), v_init - v_r, dtype=_state_dtype(x))
+        v_r = self.config.v_reset or 0.0
+        v = self._own("v_init", v_r, x)
+        return None if v is None else v - v_r
 
-    def _first(self, x: Tensor, decay: float | Tensor) -> Tensor | None:
+    def _own(self, name: str, default: float, x: Tensor) -> Tensor | None:
+        """A constant `[1]`, or what the channels have learned, such that it broadcasts to x; None for the default."""
+        value, dtype = getattr(self.config, name), _state_dtype(x)
+        if value == "learned":
+            learned: Tensor = getattr(self, name)
+            return learned.to(dtype).view(-1, *[1] * (x.ndim - 2))
+        return None if value is None or value == default else x.new_full((1,), value, dtype=dtype)
+
+    def _first(self, x: Tensor, decay: float | Tensor) -> _First:
         m = self.initial(x)
-        return None if m is None else m * decay
+        if m is None and isinstance(decay, Tensor) and self.num_timesteps == 1 and torch.is_grad_enabled():
+            m = x.new_zeros(1, dtype=_state_dtype(x))  # so that the decay gets its gradient, 0
+        return _First(self._own("first_scale", 1.0, x), None if m is None else m * decay)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Older files and spikingjelly's hold w as a scalar.
@@ -291,7 +316,7 @@ class SpikingNeuron(nn.Module):
         if torch.compiler.is_compiling():
             return self._step_all(x_TB)
         decay = self.decay
-        s_TB: Tensor = _FoldedNeuron.apply(x_TB, decay, self._first(x, decay), self._dynamics)
+        s_TB: Tensor = _FoldedNeuron.apply(x_TB, decay, *self._first(x, decay), self._dynamics)
         return s_TB.flatten(0, 1)
 
     def add_spikes(self, x: Tensor, shortcut: Tensor, *, identity: bool) -> Tensor:
@@ -313,11 +338,9 @@ class SpikingNeuron(nn.Module):
 
     def _step(self, x: Tensor, m: Tensor | None, decay: float | Tensor) -> tuple[Tensor, Tensor]:
         k = self._dynamics
-        first = self._first(x, decay) if m is None else None
+        first = self._first(x, decay) if m is None else _First(None, None)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return _step_without_gradient(x, m, decay, first, k)
-        if m is None and first is None and isinstance(decay, Tensor) and self.num_timesteps == 1:
-            m = torch.zeros_like(x, dtype=_state_dtype(x))  # so that the decay gets its gradient, 0
         h = _start(x, first) if m is None else _charge(x, m, decay)
         s = _Spike.apply(h, k.gap, k.surrogate, k.alpha)
         return s.to(x.dtype), _reset(h, s.detach() if k.detach_reset else s, k.drop)

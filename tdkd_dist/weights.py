@@ -194,8 +194,9 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
         faults.append(f"has {_some(extra)} that the model lacks")
     if any(n.endswith(".w") for n in extra):
         faults.append("its leaks are learned, which wants student.neuron.kind=plif")
-    if any(n.endswith(".v_init") for n in extra):
-        faults.append("its membranes' starts are learned, which wants student.neuron.v_init=learned")
+    for own_start in ("v_init", "first_scale"):
+        if any(n.endswith(f".{own_start}") for n in extra):
+            faults.append(f"its neurons have learned their {own_start}, which wants student.neuron.{own_start}=learned")
     if shapes:
         faults.append("has " + _some([f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}" for n in shapes]))
     if faults:
@@ -249,7 +250,7 @@ def start_from_relu(model: nn.Module, tensors: Mapping[str, Tensor], where: str)
     neurons learn: that stays as initialised.
     """
     own = model.state_dict()
-    left = {n: t for n, t in own.items() if n.endswith((".w", ".v_init")) and n not in tensors}
+    left = {n: t for n, t in own.items() if n.endswith((".w", ".v_init", ".first_scale")) and n not in tensors}
     for layer in _classifiers(model):
         names = [n for n in own if n.rpartition(".")[0] == layer]
         if any(n not in tensors or tensors[n].shape != own[n].shape for n in names):

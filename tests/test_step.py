@@ -19,7 +19,8 @@ NEURONS = {
     "if": NeuronConfig("if"),
     "plif": NeuronConfig("plif", decay=0.4),
     "charged": NeuronConfig(v_init=0.6),
-    "learning its start": NeuronConfig(v_reset=-0.2, v_init="learned"),
+    "learning its start": NeuronConfig(v_reset=-0.2, v_init="learned", first_scale="learned"),
+    "loud at first": NeuronConfig(first_scale=1.3),
 }
 
 

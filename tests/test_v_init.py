@@ -15,13 +15,16 @@ from tdkd_dist.students import create_student, spiking_names
 from tdkd_dist.weights import load_student, save_student, start_from_relu
 
 STARTS = np.linspace(-0.4, 0.9, 7)
+SCALES = np.linspace(1.6, 0.7, 7)
 
 
 def learning(kind: str = "lif", v_reset: float | None = None, channels: int = 7, **others: object) -> SpikingNeuron:
     """A layer whose channels have learned different starts."""
-    net = SpikingNeuron(NeuronConfig(kind, 0.3, v_reset=v_reset, v_init="learned", **others), T, channels).double()
+    config = NeuronConfig(kind, 0.3, v_reset=v_reset, v_init="learned", first_scale="learned", **others)
+    net = SpikingNeuron(config, T, channels).double()
     with torch.no_grad():
         net.v_init.copy_(torch.from_numpy(np.resize(STARTS, channels)))
+        net.first_scale.copy_(torch.from_numpy(np.resize(SCALES, channels)))
     return net
 
 
@@ -35,9 +38,14 @@ def test_spikes_and_gradients_are_those_of_the_formula(kind, v_reset, detach_res
     spikes = net(x)
     spikes.backward(g)
     decay = net.decay.item() if kind == "plif" else net.decay
-    want = reference(*(a.detach().view(T, B, 7).numpy() for a in (x, g)), net.config, decay, STARTS)
+    currents_TBC = x.detach().view(T, B, 7).numpy().copy()
+    currents_TBC[0] *= SCALES
+    want = reference(currents_TBC, g.view(T, B, 7).numpy(), net.config, decay, STARTS)
+    grad_scale = (want.grad_x[0] * x.detach().view(T, B, 7).numpy()[0]).sum(0)
+    want.grad_x[0] *= SCALES
     np.testing.assert_array_equal(spikes.detach().view(T, B, 7).numpy(), want.spikes)
     np.testing.assert_allclose(x.grad.view(T, B, 7).numpy(), want.grad_x, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(net.first_scale.grad.numpy(), grad_scale, rtol=1e-10)
     np.testing.assert_allclose(net.v_init.grad.numpy(), want.grad_v.sum(0), rtol=1e-10)
     if kind == "plif":
         slope = -torch.sigmoid(net.w) * (1 - torch.sigmoid(net.w))
@@ -53,6 +61,9 @@ def test_a_constant_is_the_same_start_for_all(kind, v_reset):
     want = reference(x.view(T, B, 70).numpy(), np.zeros((T, B, 70)), net.config, decay, 0.8)
     np.testing.assert_array_equal(net(x).detach().view(T, B, 70).numpy(), want.spikes)
     assert not torch.equal(net(x), layer(kind=kind, decay=0.3, v_reset=v_reset).double()(x))
+    scaled = torch.cat([1.3 * x[:B], x[B:]])
+    louder = layer(kind=kind, decay=0.3, v_reset=v_reset, first_scale=1.3).double()
+    assert torch.equal(louder(x), layer(kind=kind, decay=0.3, v_reset=v_reset).double()(scaled))
 
 
 @pytest.mark.parametrize("kind", ["lif", "plif"])
@@ -67,7 +78,10 @@ def test_backward_is_the_derivative_of_forward(kind, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_steps_are_single_steps_bit_for_bit(kind, dtype):
-    for net in (learning(kind, channels=4).float(), layer(kind=kind, decay=0.3, v_reset=-0.25, v_init=0.3)):
+    for net in (
+        learning(kind, channels=4).float(),
+        layer(kind=kind, decay=0.3, v_reset=-0.25, v_init=0.3, first_scale=1.2),
+    ):
         net = net.double() if dtype is torch.float64 else net
         x = currents(4, 5, 3, dtype=dtype).to(memory_format=torch.channels_last)
         for context in (torch.no_grad(), torch.enable_grad()):
@@ -86,8 +100,8 @@ def test_many_steps_are_single_steps_bit_for_bit(kind, dtype):
 def test_from_the_reset_value_nothing_changes_by_a_bit(v_reset):
     x = currents(7, dtype=torch.float32).requires_grad_()
     plain = layer(v_reset=v_reset)
-    learned = SpikingNeuron(NeuronConfig(v_reset=v_reset, v_init="learned"), T, 7)
-    constant = layer(v_reset=v_reset, v_init=v_reset or 0)
+    learned = SpikingNeuron(NeuronConfig(v_reset=v_reset, v_init="learned", first_scale="learned"), T, 7)
+    constant = layer(v_reset=v_reset, v_init=v_reset or 0, first_scale=1)
     g = torch.randn_like(x)
     want = torch.autograd.grad(plain(x), x, g)[0]
     for net in (learned, constant):
@@ -110,13 +124,14 @@ def test_compiled_it_is_the_same(kind):
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.sampled_from(spiking_names()), st.sampled_from(["learned", 0.5]), st.integers(1, 4))
-def test_what_a_student_says_at_t_is_the_same_for_every_length(name, v_init, t):
-    net = lively(name, NeuronConfig(v_init=v_init)).double()
+@given(st.sampled_from(spiking_names()), st.sampled_from([("learned", "learned"), (0.5, 1.2)]), st.integers(1, 4))
+def test_what_a_student_says_at_t_is_the_same_for_every_length(name, start, t):
+    net = lively(name, NeuronConfig(v_init=start[0], first_scale=start[1])).double()
     with torch.no_grad():
         for layer in net.modules():
-            if isinstance(layer, SpikingNeuron) and v_init == "learned":
+            if isinstance(layer, SpikingNeuron) and start[0] == "learned":
                 layer.v_init.uniform_(-1, 1)
+                layer.first_scale.uniform_(0.8, 1.3)
     images = torch.randn(2, *net.default_cfg["input_size"], dtype=torch.float64)
     net.set_num_timesteps(4)
     with torch.no_grad():
@@ -132,15 +147,18 @@ def test_what_a_student_says_at_t_is_the_same_for_every_length(name, v_init, t):
 
 
 def test_every_layer_learns_its_channels_and_the_file_keeps_them(tmp_path):
-    config = StudentConfig("sew_resnet8", num_classes=4, width=16, neuron=NeuronConfig(v_init="learned"))
+    config = StudentConfig(
+        "sew_resnet8", num_classes=4, width=16, neuron=NeuronConfig(v_init="learned", first_scale="learned")
+    )
     net = create_student(config)
     layers = {name: m for name, m in net.named_modules() if isinstance(m, SpikingNeuron)}
-    assert {f"{name}.v_init" for name in layers} == net.no_weight_decay()
+    assert {f"{name}.{own}" for name in layers for own in ("v_init", "first_scale")} == net.no_weight_decay()
     net(torch.randn(2, 3, 32, 32)).square().sum().backward()
-    assert all(m.v_init.grad.abs().sum() > 0 for m in layers.values())
+    assert all(m.v_init.grad.abs().sum() > 0 < m.first_scale.grad.abs().sum() for m in layers.values())
     with torch.no_grad():
         for m in layers.values():
             m.v_init.normal_()
+            m.first_scale.uniform_(0.5, 2)
     save_student(
         tmp_path / "s.safetensors", net.state_dict(), config, input_size=(3, 32, 32), mean=[0] * 3, std=[1] * 3
     )
