@@ -4,6 +4,7 @@
     python launch/submit.py recipe=fashion_sew --dry-run    the resolved configuration and the job, without starting it
     python launch/submit.py recipe=imagenet_sew34 data.train=A.beton data.val=B.beton
     python launch/submit.py recipe=fashion_sew sweep.run.seed=[0,1,2] sweep.loss.beta=[0,0.5]    every combination
+    python launch/submit.py recipe=fashion_sew variant=mix  another objective, one of recipes/variants/, over any recipe
 
     python launch/submit.py status RUN...                   where it is: state, step, speed, accuracy, restarts
     python launch/submit.py logs RUN                        its log, followed while it runs

@@ -18,7 +18,7 @@ from tdkd_dist.files import write_json
 from tdkd_dist.metrics import TimestepCounts
 from tdkd_dist.mistakes import printable
 from tdkd_dist.recipe import load_config
-from tdkd_dist.report import tables, wandb_report
+from tdkd_dist.report import page, tables, wandb_report
 from tdkd_dist.report.page import write_page
 from tdkd_dist.report.runs import check_comparable, group_runs, load_runs, paired_differences
 from tdkd_dist.run.folder import RunFolder
@@ -133,6 +133,26 @@ def test_the_figure_for_a_paper(tmp_path):
     figure = tmp_path / "figure.pdf"
     assert compare_runs.main([str(make_run(tmp_path, "a")), "--figure", str(figure)]) == 0
     assert figure.read_bytes().startswith(b"%PDF")
+
+
+def test_the_figures_for_a_paper(tmp_path, capsys, monkeypatch):
+    points = np.random.default_rng(0).normal(size=(30, 2))
+    monkeypatch.setattr(page, "embed", lambda run, images: ({1: points, 4: points}, np.arange(30) % 10))
+    runs = [str(make_run(tmp_path, "a")), str(make_run(tmp_path, "b", "loss.beta=0"))]
+    for run in runs:
+        rows = RunFolder(Path(run)).metrics_file
+        with rows.open("a") as stream:
+            stream.write(
+                json.dumps({"epoch": 1, "global_step": 9} | {f"train/loss_t{t}": 2.0 for t in (1, 2, 3, 4)}) + "\n"
+            )
+    assert compare_runs.main([*runs, "--figures", str(tmp_path / "figures")]) == 0
+    for name, least in (("loss_trends.png", 10_000), ("tsne.png", 10_000)):
+        assert (tmp_path / "figures" / name).stat().st_size > least
+    assert f"figures: {tmp_path / 'figures'}" in capsys.readouterr().out
+    assert compare_runs.main([*runs, "--tsne", "0", "--figures", str(tmp_path / "alone")]) == 0
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["loss_trends.png"]
+    assert compare_runs.main([*runs, "--figures", f"{runs[0]}/config.yaml"]) == 2
+    assert "config.yaml: cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from pathlib import Path
 from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.mistakes import Mistake, Mistakes, printable
 from tdkd_dist.report import figures, tables
-from tdkd_dist.report.page import write_page
-from tdkd_dist.report.runs import check_comparable, group_runs, load_runs
+from tdkd_dist.report.page import embeddings_of, write_page
+from tdkd_dist.report.runs import Group, check_comparable, group_runs, load_runs
 
 
 def main(argv: list[str]) -> int:
@@ -26,6 +26,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as one HTML file")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw accuracy against timesteps: .png, .pdf, .svg")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="loss_trends.png and tsne.png, for a paper")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="build a W&B report there")
     parser.add_argument(
         "--tsne", type=int, default=1000, metavar="IMAGES", help="for t-SNE in the page; 0: leave it out"
@@ -63,6 +64,8 @@ def compare(args: argparse.Namespace) -> None:
         except OSError as error:
             raise Mistake(f"--figure {args.figure}: cannot be written ({error.strerror})") from error
         say(f"figure: {args.figure}")
+    if args.figures is not None:
+        save_figures(args.figures, groups, args.tsne)
     if args.wandb is not None:
         from tdkd_dist.report import wandb_report
 
@@ -75,6 +78,19 @@ def compare(args: argparse.Namespace) -> None:
         write_page(args.html, groups, notes, tsne_images=args.tsne, say=say)
         say(f"page: {args.html}")
     broken.tell()
+
+
+def save_figures(folder: Path, groups: list[Group], images: int) -> None:
+    """Training losses side by side, and t-SNE. Raises `Mistake` if they can't be written."""
+    found, left_out = embeddings_of(groups, images, say)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        figures.save_loss_trends(groups, folder / "loss_trends.png")
+        if found:
+            figures.save_embeddings(found, folder / "tsne.png")
+    except OSError as error:
+        raise Mistake(f"--figures {folder}: cannot be written ({error.strerror})") from error
+    say("\n".join([f"figures: {folder}", *left_out]))
 
 
 def say(text: str) -> None:

@@ -1,10 +1,10 @@
-"""The report's pictures, as SVG text to be put into a page.
+"""The report's pictures, as SVG text to be put into a page, or as files for a paper.
 
 Shapes: S seeds, T timesteps, N images.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,26 +78,38 @@ def accuracy_against_average_timesteps(groups: Sequence[Group]) -> str | None:
 
 def loss_trends(group: Group) -> str | None:
     """Training loss of the ensemble after each timestep against epochs; the group's first seed."""
-    run = group.runs[0]
-    if not len(run.losses):
+    if not len(group.runs[0].losses):
         return None
+    with _figure() as (figure, axes):
+        _draw_trends(axes, group)
+        return _svg(figure)
+
+
+def save_loss_trends(groups: Sequence[Group], file: Path) -> None:
+    """Those of all groups that have any side by side, in the format that the file's name ends with (Fig. 3)."""
+    known = [group for group in groups if len(group.runs[0].losses)]
+    with _figure((3.4 * len(known), SIZE[1]), columns=len(known), sharey=True) as (figure, axes):
+        for own, group in zip(np.atleast_1d(axes), known, strict=True):
+            _draw_trends(own, group)
+            own.label_outer()
+        figure.savefig(file, dpi=120)
+
+
+def _draw_trends(axes: Any, group: Group) -> None:
+    import matplotlib
+
+    run = group.runs[0]
     # A run of less than an epoch is drawn against its steps.
     per_step = run.last["epoch"] / max(run.last["global_step"], 1) or 1.0
-    with _figure() as (figure, axes):
-        import matplotlib
-
-        T = run.config.student.num_timesteps
-        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, T))
-        for t in range(1, T + 1):
-            known = np.isfinite(run.losses[:, t])
-            steps, losses = run.losses[known, 0], run.losses[known, t]
-            axes.plot(steps * per_step, losses, lw=1.2, color=colors[t - 1], label=f"t = {t}")
-        axes.set(
-            xlabel="epoch" if run.last["epoch"] else "step", ylabel="cross-entropy of the ensemble", title=group.name
-        )
-        axes.title.set_fontsize(10)
-        axes.legend()
-        return _svg(figure)
+    T = run.config.student.num_timesteps
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, T))
+    for t in range(1, T + 1):
+        known = np.isfinite(run.losses[:, t])
+        steps, losses = run.losses[known, 0], run.losses[known, t]
+        axes.plot(steps * per_step, losses, lw=1.2, color=colors[t - 1], label=f"t = {t}")
+    axes.set(xlabel="epoch" if run.last["epoch"] else "step", ylabel="cross-entropy of the ensemble", title=group.name)
+    axes.title.set_fontsize(10)
+    axes.legend()
 
 
 def energy_against_timestep(groups: Sequence[Group]) -> str | None:
@@ -137,23 +149,43 @@ def firing_rates(groups: Sequence[Group]) -> str | None:
 def embedding(title: str, points_N2: Floats, labels_N: Any) -> str:
     """A t-SNE embedding, coloured by class."""
     with _figure((3.2, 3.0)) as (figure, axes):
-        axes.scatter(points_N2[:, 0], points_N2[:, 1], c=labels_N, cmap="tab10", s=4, linewidths=0)
-        axes.set(xticks=[], yticks=[], title=title)
-        axes.title.set_fontsize(9)
-        axes.grid(False)
+        _draw_embedding(axes, title, points_N2, labels_N)
         return _svg(figure)
 
 
+def save_embeddings(found: Mapping[str, tuple[Mapping[int, Floats], Any]], file: Path) -> None:
+    """The embeddings by timestep, and labels, of each group's name: a row a group, a column a timestep (Fig. 4)."""
+    timesteps = sorted({t for embeddings, _ in found.values() for t in embeddings})
+    size = 2.6 * len(timesteps), 2.6 * len(found)
+    with _figure(size, rows=len(found), columns=len(timesteps), squeeze=False) as (figure, axes):
+        for row, (name, (embeddings, labels_N)) in zip(axes, found.items(), strict=True):
+            for own, t in zip(row, timesteps, strict=True):
+                if t in embeddings:
+                    _draw_embedding(own, f"{name}, t = {t}", embeddings[t], labels_N)
+                else:
+                    own.set_axis_off()
+        figure.savefig(file, dpi=110)
+
+
+def _draw_embedding(axes: Any, title: str, points_N2: Floats, labels_N: Any) -> None:
+    axes.scatter(points_N2[:, 0], points_N2[:, 1], c=labels_N, cmap="tab10", s=4, linewidths=0)
+    axes.set(xticks=[], yticks=[], title=title)
+    axes.title.set_fontsize(9)
+    axes.grid(False)
+
+
 @contextmanager
-def _figure(size: tuple[float, float] = SIZE) -> Iterator[tuple[Any, Any]]:
-    """A figure with one pair of axes in the report's style, closed at the end."""
+def _figure(
+    size: tuple[float, float] = SIZE, *, rows: int = 1, columns: int = 1, **settings: bool
+) -> Iterator[tuple[Any, Any]]:
+    """A figure with its axes in the report's style, closed at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context(SETTINGS):
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **settings)
         try:
             yield figure, axes
         finally:

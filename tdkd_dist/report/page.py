@@ -6,8 +6,8 @@ from pathlib import Path
 from tdkd_dist.files import write_text
 from tdkd_dist.mistakes import Mistake, printable
 from tdkd_dist.report import figures, tables
-from tdkd_dist.report.features import embed
-from tdkd_dist.report.runs import Group
+from tdkd_dist.report.features import Labels, embed
+from tdkd_dist.report.runs import Floats, Group
 
 
 def write_page(
@@ -19,7 +19,12 @@ def write_page(
     environment = Environment(
         loader=PackageLoader("tdkd_dist", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    embeddings, left_out = _embeddings(groups, tsne_images, say)
+    found, left_out = embeddings_of(groups, tsne_images, say)
+    embeddings = [
+        (figures.embedding(f"{name}, t = {t}", points, labels), "")
+        for name, (by_timestep, labels) in found.items()
+        for t, points in by_timestep.items()
+    ]
     text = environment.get_template("page.html").render(
         groups=groups,
         notes=notes,
@@ -54,18 +59,15 @@ def _measured(groups: list[Group]) -> list[tuple[str | None, str]]:
     ]
 
 
-def _embeddings(
+def embeddings_of(
     groups: list[Group], images: int, say: Callable[[str], None]
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """A figure for each group and timestep, and a line for each group of which there is none."""
-    pictures, left_out = [], []
+) -> tuple[dict[str, tuple[dict[int, Floats], Labels]], list[str]]:
+    """t-SNE by timestep, and labels, of each group's first seed, and a line for each group of which there is none."""
+    found, left_out = {}, []
     for k, group in enumerate(groups if images else [], start=1):
         say(f"t-SNE of {group.name} ({k} of {len(groups)})")
         try:
-            embeddings, labels = embed(group.runs[0], images)
+            found[group.name] = embed(group.runs[0], images)
         except (Mistake, ImportError) as error:
             left_out.append(f"{group.name}: {error}")
-            continue
-        for t, points in embeddings.items():
-            pictures.append((figures.embedding(f"{group.name}, t = {t}", points, labels), ""))
-    return pictures, left_out
+    return found, left_out
