@@ -56,8 +56,8 @@ class Section:
         if not all(text.isprintable() for text in texts if isinstance(text, str)):
             return "text without control characters"
         for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, str):
-                continue
+            if choices is not None and number in choices:
+                continue  # a word that a number may be replaced by
             if limits is not None and not within(number, limits):
                 return WORDS.get(limits, f"in {limits}")
             if most is not None and number > most:
