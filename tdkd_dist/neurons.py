@@ -263,6 +263,8 @@ class SpikingNeuron(nn.Module):
         self.carries = False
         """Whether a call is one timestep, from `membrane` and into it: `SpikingNet.step` sets both, and clears them."""
         self.membrane: Tensor | None = None
+        self.first: Tensor | None = None
+        """Where a membrane is carried in: `[B]`, 1 if this timestep is a first one, for graphs that are always alike."""
         if config.kind == "plif":
             # [1] and not a scalar: DeepSpeed broadcasts parameters as bytes, which a scalar can't be viewed as.
             self.w = nn.Parameter(torch.tensor([math.log(1 / config.decay - 1)]))
@@ -282,6 +284,11 @@ class SpikingNeuron(nn.Module):
         v_r = self.config.v_reset or 0.0
         v = self._own("v_init", v_r, x)
         return None if v is None else v - v_r
+
+    @property
+    def scales_first(self) -> bool:
+        """Whether the first timestep's current is scaled."""
+        return self.config.first_scale not in (None, 1)
 
     def _own(self, name: str, default: float, x: Tensor) -> Tensor | None:
         """A constant `[1]`, or what the channels have learned, such that it broadcasts to x; None for the default."""
@@ -307,6 +314,9 @@ class SpikingNeuron(nn.Module):
     def forward(self, x: Tensor, constant: bool = False) -> Tensor:
         """Spikes `[T*B, ...]` for currents `[T*B, ...]`, T-major; `constant`: `[B, ...]`, the same at every step."""
         if self.carries:
+            if self.first is not None:
+                scale = self._own("first_scale", 1.0, x)
+                x = x if scale is None else x * (1 + (scale - 1) * self.first.view(-1, *[1] * (x.ndim - 1)))
             spikes, self.membrane = self.step(x, self.membrane)
             return spikes
         T = self.num_timesteps

@@ -75,16 +75,19 @@ def test_any_batch_size_and_neuron(form, tmp_path):
         torch.testing.assert_close(read(form, path, list(x.split([1, 3, 64]))), want, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("v_init", ["learned", 0.6])
+@pytest.mark.parametrize(("v_init", "scale"), [("learned", None), (0.6, 1.4), (None, "learned")])
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_membrane_at_the_start(form, v_init, tmp_path):
-    net, path = lively("sew_resnet8", NeuronConfig(decay=0.9, v_reset=-0.1, v_init=v_init)), tmp_path / "s.pt2"
+def test_what_differs_at_the_first_timestep(form, v_init, scale, tmp_path):
+    neuron = NeuronConfig(decay=0.9, v_reset=-0.1, v_init=v_init, first_scale=scale)
+    net, path = lively("sew_resnet8", neuron), tmp_path / "s.pt2"
     with torch.no_grad():
         for module in net.modules():
             if hasattr(module, "v_init"):
                 module.v_init.uniform_(-0.9, 0.9)
+            if hasattr(module, "first_scale"):
+                module.first_scale.uniform_(0.7, 1.5)
     if form == "NIR":
-        with pytest.raises(ValueError, match=r"no membrane at the start[^\n]*v_init"):
+        with pytest.raises(ValueError, match=r"no membrane at the start[^\n]*v_init" if v_init else "first_scale"):
             nir.refuse(net)
         return
     written(net, form, path)

@@ -68,29 +68,43 @@ def example(model: SpikingNet, batch: int, frames: int | None = None) -> Tensor:
     return noise.to(weight)
 
 
+FIRST = "first"
+"""Of a step's state: whether the timestep is a first one."""
+
+
 class OneStep(nn.Module):
     """One timestep of plain tensors: images `[B, C, H, W]` and membranes to logits `[B, K]` and membranes.
 
     The images are those of any other timestep, or this timestep's frame; membranes are measured from the reset value,
-    and at first what `starts` says.
+    and at first what `starts` says. Where the first timestep's currents are scaled there is one more state, `FIRST`.
     """
 
     def __init__(self, model: SpikingNet) -> None:
         super().__init__()
         self.model = model
         self.neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
-        self.names = list(self.neurons)
+        scaled = any(neuron.scales_first for neuron in self.neurons.values())
+        self.names = [*self.neurons, *([FIRST] if scaled else [])]
 
     def forward(self, images: Tensor, *membranes: Tensor) -> tuple[Tensor, ...]:
         """Logits and the membranes after the timestep, in the order of `names`."""
         state = dict(zip(self.names, membranes, strict=True))
-        logits, state = self.model.step(images, state, frame=True)
-        return logits, *(state[name] for name in self.names)
+        first = state.pop(FIRST, None)
+        try:
+            for neuron in self.neurons.values():
+                neuron.first = first
+            logits, state = self.model.step(images, state, frame=True)
+        finally:
+            for neuron in self.neurons.values():
+                neuron.first = None
+        after = [state[name] for name in self.neurons]
+        return logits, *after, *([] if first is None else [torch.zeros_like(first)])
 
     @torch.no_grad()
     def at_first(self, images: Tensor) -> tuple[Tensor, ...]:
         """The membranes before the first timestep of such images."""
         _, state = self.model.step(images, frame=True)
+        state[FIRST] = images.new_zeros(len(images), 1)
         return tuple(torch.zeros_like(state[name]) + self._start(name, state[name]) for name in self.names)
 
     @torch.no_grad()
@@ -100,5 +114,7 @@ class OneStep(nn.Module):
         return json.dumps({name: self._start(name, like).flatten().tolist() for name in self.names})
 
     def _start(self, name: str, state: Tensor) -> Tensor:
+        if name == FIRST:
+            return state.new_ones(1)
         start = self.neurons[name].initial(state)
         return state.new_zeros(1) if start is None else start
