@@ -156,11 +156,11 @@ def tables(args: argparse.Namespace) -> str:
 
 
 def accuracy_table(found: Curves) -> Rows:
-    """Mean and standard deviation over seeds; the best mean at T first."""
+    """Mean and standard deviation over seeds; most seeds first, then the best mean over t: fewer seeds compare ill."""
     T = max(len(curve) for by_seed in found.values() for curve in by_seed.values())
     rows = [["variant", "seeds", *(f"t = {t}" for t in range(1, T + 1)), "mean over t", "t = 1 minus T"]]
     means = {variant: np.array(list(by_seed.values())) for variant, by_seed in found.items()}
-    for variant, curves_ST in sorted(means.items(), key=lambda item: -item[1].mean()):
+    for variant, curves_ST in sorted(means.items(), key=lambda item: (-len(item[1]), -item[1].mean())):
         cells = [plus_minus(curves_ST[:, t]) if t < curves_ST.shape[1] else "" for t in range(T)]
         gap = plus_minus(curves_ST[:, 0] - curves_ST[:, -1]) if curves_ST.shape[1] > 1 else ""
         rows.append([f"`{variant}`", str(len(curves_ST)), *cells, plus_minus(curves_ST.mean(1)), gap])
