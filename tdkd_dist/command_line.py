@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.mistakes import Mistake, require
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,3 +38,15 @@ def publish(table: str, file: Path | None) -> None:
     if file is not None:
         with file.open("a") as stream:
             stream.write(table + "\n")
+
+
+def cut_page(page: Path, begin: str, end: str) -> tuple[str, str, str]:
+    """A page's text up to the mark `begin`, between it and the mark `end`, and from that on: a part that tools write.
+
+    Raises `Mistake` if there is no such page, or if the marks are not in it in this order.
+    """
+    require(page.is_file(), f"{page}: no such file")
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    between, closed, after = rest.partition(end)
+    require(bool(found and closed), f"{page}: no mark {begin.strip()} with a mark {end} after it")
+    return before + begin, between, end + after

@@ -46,8 +46,10 @@ def test_rows_that_are_there_are_not_run_and_the_tables_are_the_t_tests(results,
     assert f"| `sce_skl` | 3 | {gaps.mean():+.2f} [{low:+.2f}, {high:+.2f}] |" in page
     # Of another number of timesteps: what both have is compared.
     assert re.search(r"\| `alone_t1` \| 3 \| \+\d\.\d\d \[[^|]*\|  \|  \|", page)
-    assert page in capsys.readouterr().out + page
     assert "| `all` | 3 | 60.50 ± 0.50 |" in page
+    tables = page.partition("-->\n")[2].partition("\n<!--")[0]
+    assert tables.startswith("| variant")
+    assert tables in capsys.readouterr().out
 
 
 def test_other_settings_are_other_runs(results, tmp_path, monkeypatch):
@@ -63,9 +65,11 @@ def test_a_mistake_is_told_before_anything_runs(results, capsys):
     assert "variant=mixed: no such file" in said
     assert "variant=mox: no such file" in said
     assert not (results / "work").exists()
-    (results / "page.md").write_text("no marks\n")
-    assert objectives.main(arguments(results, "--variants=all")) == 2
-    assert "no mark <!-- objectives: fashion_sew -->" in capsys.readouterr().err
+    for text in ("no marks\n", "<!-- objectives: fashion_sew -->\nwhat would be lost\n"):
+        (results / "page.md").write_text(text)
+        assert objectives.main(arguments(results, "--variants=all")) == 2
+        assert "no mark <!-- objectives: fashion_sew --> with a mark <!-- end --> after it" in capsys.readouterr().err
+        assert (results / "page.md").read_text() == text
 
 
 @pytest.mark.slow

@@ -139,18 +139,17 @@ def test_the_figures_for_a_paper(tmp_path, capsys, monkeypatch):
     points = np.random.default_rng(0).normal(size=(30, 2))
     monkeypatch.setattr(page, "embed", lambda run, images: ({1: points, 4: points}, np.arange(30) % 10))
     runs = [str(make_run(tmp_path, "a")), str(make_run(tmp_path, "b", "loss.beta=0"))]
-    for run in runs:
-        rows = RunFolder(Path(run)).metrics_file
-        with rows.open("a") as stream:
-            stream.write(
-                json.dumps({"epoch": 1, "global_step": 9} | {f"train/loss_t{t}": 2.0 for t in (1, 2, 3, 4)}) + "\n"
-            )
     assert compare_runs.main([*runs, "--figures", str(tmp_path / "figures")]) == 0
     for name, least in (("loss_trends.png", 10_000), ("tsne.png", 10_000)):
         assert (tmp_path / "figures" / name).stat().st_size > least
     assert f"figures: {tmp_path / 'figures'}" in capsys.readouterr().out
     assert compare_runs.main([*runs, "--tsne", "0", "--figures", str(tmp_path / "alone")]) == 0
     assert [path.name for path in (tmp_path / "alone").iterdir()] == ["loss_trends.png"]
+    evaluation = make_run(tmp_path, "evaluation")
+    rows = RunFolder(evaluation).metrics_file
+    rows.write_text("".join(row + "\n" for row in rows.read_text().splitlines() if "train/loss" not in row))
+    assert compare_runs.main([str(evaluation), "--tsne", "0", "--figures", str(tmp_path / "empty")]) == 0
+    assert list((tmp_path / "empty").iterdir()) == []
     assert compare_runs.main([*runs, "--figures", f"{runs[0]}/config.yaml"]) == 2
     assert "config.yaml: cannot be written" in capsys.readouterr().err
 

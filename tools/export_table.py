@@ -7,6 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tdkd_dist.command_line import cut_page
+from tdkd_dist.files import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "export.md"
 BEGIN, END = "<!-- proven: tools/export_table.py -->\n", "<!-- end -->"
@@ -49,8 +52,7 @@ def show(worst: float | None, note: str) -> str:
 
 def read_table() -> dict[Row, list[str]]:
     """The page's rows."""
-    text = PAGE.read_text()
-    lines = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].splitlines()[2:]
+    lines = cut_page(PAGE, BEGIN, END)[1].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {(student.strip("`"), reset): cells for student, reset, *cells in rows}
 
@@ -59,9 +61,8 @@ def write_table(found: dict[Row, list[str]], formats: tuple[str, ...]) -> None:
     """Put the rows into the page, sorted."""
     lines = ["| student | reset | " + " | ".join(formats) + " |", "|---|---" + "|---" * len(formats) + "|"]
     lines += [f"| `{student}` | {reset} | " + " | ".join(cells) + " |" for (student, reset), cells in _sorted(found)]
-    text = PAGE.read_text()
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    PAGE.write_text(before + "\n".join(lines) + "\n" + after)
+    before, _, after = cut_page(PAGE, BEGIN, END)
+    write_text(PAGE, before + "\n".join(lines) + "\n" + after)
 
 
 def _sorted(found: dict[Row, list[str]]) -> list[tuple[Row, list[str]]]:

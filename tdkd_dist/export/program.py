@@ -28,8 +28,10 @@ images = numpy.load(f"{folder}/images.npz", allow_pickle=False)
 def steps(x):
     count = x.shape[-4]
     inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
-    state = [torch.zeros(count, *m.shape[1:], dtype=m.dtype) for m in inputs[1:]]
-    state = [m + torch.tensor(s, dtype=m.dtype).view(-1, *[1] * (m.ndim - 2)) for m, s in zip(state, starts)]
+    state = []
+    for m, start in zip(inputs[1:], starts, strict=True):
+        start = torch.tensor(start, dtype=m.dtype).view(-1, *[1] * (m.ndim - 2))
+        state.append(torch.zeros(count, *m.shape[1:], dtype=m.dtype) + start)
     for t in range(int(num_timesteps)):
         logits, *state = run(x if x.ndim == 4 else x[t], *state)
         yield logits

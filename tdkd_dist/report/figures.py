@@ -86,10 +86,13 @@ def loss_trends(group: Group) -> str | None:
 
 
 def save_loss_trends(groups: Sequence[Group], file: Path) -> None:
-    """Those of all groups that have any side by side, in the format that the file's name ends with (Fig. 3)."""
+    """Those of all groups that have any side by side, in the format of the file's name (Fig. 3); of none no file."""
     known = [group for group in groups if len(group.runs[0].losses)]
-    with _figure((3.4 * len(known), SIZE[1]), columns=len(known), sharey=True) as (figure, axes):
-        for own, group in zip(np.atleast_1d(axes), known, strict=True):
+    if not known:
+        return
+    size = 3.4 * len(known), SIZE[1]
+    with _figure(size, columns=len(known), sharey=True, squeeze=False) as (figure, axes):
+        for own, group in zip(axes[0], known, strict=True):
             _draw_trends(own, group)
             own.label_outer()
         figure.savefig(file, dpi=120)

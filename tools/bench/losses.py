@@ -81,12 +81,11 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def distinct_losses(recipe: str, settings: list[str]) -> dict[str, TemporalDistillationLoss]:
-    """The variants' losses by name; those that compute the same under one of their names."""
+    """The variants' losses by name; equal ones under the shortest of their names."""
     found: dict[str, tuple[str, TemporalDistillationLoss]] = {}
-    for name in sorted(path.stem for path in VARIANTS.glob("*.yaml")):
+    for name in sorted((path.stem for path in VARIANTS.glob("*.yaml")), key=lambda stem: (len(stem), stem)):
         options = asdict(load_config(recipe, [f"variant={name}", *settings]).loss)
-        shape = str([bool(v) if isinstance(v, float) and key != "temperature" else v for key, v in options.items()])
-        found.setdefault(shape, (name, TemporalDistillationLoss(**options)))
+        found.setdefault(str(options), (name, TemporalDistillationLoss(**options)))
     return dict(found.values())
 
 

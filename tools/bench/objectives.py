@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.command_line import Parser, cut_page, run_tool
 from tdkd_dist.files import write_text
 from tdkd_dist.mistakes import Mistakes, require
 from tdkd_dist.recipe import load_config
@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, help="a Markdown page with the marks")
     args = parser.parse_intermixed_args(argv)
     if args.page is not None:
-        require(marks(args.recipe)[0] in read(args.page), f"--page {args.page}: no mark {marks(args.recipe)[0]} in it")
+        cut_page(args.page, *marks(args.recipe))
     return args
 
 
@@ -80,10 +80,10 @@ def campaign(args: argparse.Namespace) -> int:
             failed.append(f"{variant}-seed{seed}")
             continue
         add_row(args.csv, row | {"minutes": f"{took[-1] / 60:.1f}"})
-        publish(args)
+        write_tables(args)
         left = format_seconds(sum(took) / len(took) * (len(missing) - len(took)))
         print(f"{variant}, seed {seed}: top-1 {row['top1']} %; {len(took)} of {len(missing)}, {left} left", flush=True)
-    publish(args)
+    write_tables(args)
     print(tables(args))
     print("failed: " + ", ".join(failed) if failed else f"rows: {args.csv}")
     return 1 if failed else 0
@@ -179,25 +179,16 @@ def paired_rows(found: Curves, reference: str) -> Rows:
     return rows
 
 
-def publish(args: argparse.Namespace) -> None:
+def write_tables(args: argparse.Namespace) -> None:
     """Put the tables between the page's marks."""
-    if args.page is None:
-        return
-    begin, end = marks(args.recipe)
-    before, _, rest = read(args.page).partition(begin)
-    _, _, after = rest.partition(end)
-    write_text(args.page, f"{before}{begin}\n{tables(args)}\n{end}{after}")
+    if args.page is not None:
+        before, _, after = cut_page(args.page, *marks(args.recipe))
+        write_text(args.page, f"{before}{tables(args)}\n{after}")
 
 
 def marks(recipe: str) -> tuple[str, str]:
     """Before and after a recipe's tables."""
-    return f"<!-- objectives: {recipe} -->", "<!-- end -->"
-
-
-def read(page: Path) -> str:
-    """The page's text. Raises `Mistake` if there is none."""
-    require(page.is_file(), f"--page {page}: no such file")
-    return page.read_text(encoding="utf-8")
+    return f"<!-- objectives: {recipe} -->\n", "<!-- end -->"
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("student", type=Path)
     parser.add_argument("train", type=Path)
     parser.add_argument("val", type=Path)
-    parser.add_argument("--images", type=int, default=3000, help="of the training set, evenly spread")
+    parser.add_argument("--images", type=int, default=3000, help="of the training set, drawn at random")
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
     return parser.parse_args(argv)
 
