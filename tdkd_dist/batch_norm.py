@@ -1,9 +1,9 @@
-"""Batch norm over all ranks, made of parts that torch.compile traces; and batch norm of an image that is repeated.
+"""Batch norm over all ranks, made of parts that torch.compile traces; of an image that is repeated; of timesteps.
 
 `nn.SyncBatchNorm` cuts a compiled network into a graph a layer, waits for the device in each, and runs on CUDA alone.
 Here a layer's statistics travel in one functional all-reduce forward and one backward, over nccl as over gloo.
 
-Shapes: x and y are `[n, C, ...]`; S two rows of sums a channel.
+Shapes: x and y are `[n, C, ...]`; T timesteps, B images; S two rows of sums a channel.
 """
 
 from typing import Any, TypeVar, cast
@@ -60,6 +60,80 @@ def batch_norm_repeated(bn: nn.Module, x: Tensor, repeats: int) -> Tensor:
     return y
 
 
+class KnowsFirst(nn.Module):
+    """A layer that treats the first timestep otherwise; x is `[T*B, C, ...]`, T-major.
+
+    `is_first`, which `SpikingNet.step` sets and clears, says of a call on one timestep whether it is the first: a bool,
+    or, in graphs that are the same for all, `[B, 1]` of 1 and 0. None: x holds all `num_timesteps`.
+    """
+
+    num_timesteps: int
+    is_first: bool | Tensor | None
+
+    def at_first(self, x: Tensor) -> Tensor:
+        """The output at the first timestep."""
+        raise NotImplementedError
+
+    def later(self, x: Tensor) -> Tensor:
+        """The output at all timesteps after it."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T*B, C, ...]` in and out, `[B, C, ...]` where `is_first` is set."""
+        first, T = self.is_first, self.num_timesteps
+        if isinstance(first, Tensor):
+            return torch.where(first.view(-1, *[1] * (x.ndim - 1)) > 0, self.at_first(x), self.later(x))
+        if first or (T == 1 and first is None):
+            return self.at_first(x)
+        if first is not None:
+            return self.later(x)
+        B = x.shape[0] // T
+        return torch.cat([self.at_first(x[:B]), self.later(x[B:])])
+
+
+class FirstStatistics(KnowsFirst, nn.BatchNorm2d):
+    """Batch norm whose first timestep has a mean and a variance of its own; weight and bias are those of all.
+
+    Later currents find membranes that earlier ones have charged, so at t = 1 fewer neurons fire, and what pools over
+    timesteps normalises it least. Made of a `BatchNorm2d` by `give_first_statistics`.
+    """
+
+    first_running_mean: Tensor
+    first_running_var: Tensor
+
+    def at_first(self, x: Tensor) -> Tensor:
+        """By the first timestep's statistics."""
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return self._normalise(x, self.first_running_mean, self.first_running_var)
+
+    def later(self, x: Tensor) -> Tensor:
+        """By those that all later timesteps share."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        return self._normalise(x, self.running_mean, self.running_var)
+
+    def _normalise(self, x: Tensor, mean_C: Tensor, var_C: Tensor) -> Tensor:
+        assert self.momentum is not None
+        return F.batch_norm(x, mean_C, var_C, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
+def give_first_statistics(net: nn.Module, num_timesteps: int) -> None:
+    """Make every `BatchNorm2d` of `net`, in place, one with statistics of its own for the first timestep.
+
+    They are new buffers `first_running_mean` and `first_running_var` (timm's `distribute_bn` goes by such names), and
+    start as the layer's are; other parameters, buffers and names stay.
+    """
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.__class__ = FirstStatistics
+            module.num_timesteps, module.is_first = num_timesteps, None  # type: ignore[assignment]
+            module.register_buffer("first_running_mean", module.running_mean.clone())
+            module.register_buffer("first_running_var", module.running_var.clone())
+
+
 def _momentum(bn: _BatchNorm) -> float | Tensor:
     """The weight of a batch in the running statistics, once `num_batches_tracked` counts it."""
     if bn.momentum is not None:
@@ -81,17 +155,24 @@ class _OverRanks(_BatchNorm):
         """As the class that it extends; `repeats` as in `batch_norm_repeated`."""
         if not self.synchronised:
             return super().forward(x)
-        mean_C, var_C = _statistics(x)
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+        if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        y = self._normalise_over_ranks(x, self.running_mean, self.running_var, repeats)
+        if isinstance(self, BatchNormAct2d):
+            y = self.act(self.drop(y))
+        return y
+
+    def _normalise_over_ranks(
+        self, x: Tensor, running_mean_C: Tensor | None, running_var_C: Tensor | None, repeats: int = 1
+    ) -> Tensor:
+        mean_C, var_C = _statistics(x)
+        if running_mean_C is not None and running_var_C is not None and self.num_batches_tracked is not None:
             n = repeats * dist.get_world_size() * (x.numel() // x.shape[1])
             with torch.no_grad():
                 momentum = _momentum(self)
-                self.running_mean.add_(momentum * (mean_C - self.running_mean))
-                self.running_var.add_(momentum * (var_C * (n / (n - 1)) - self.running_var))
+                running_mean_C.add_(momentum * (mean_C - running_mean_C))
+                running_var_C.add_(momentum * (var_C * (n / (n - 1)) - running_var_C))
         y: Tensor = _Normalise.apply(x, mean_C, var_C, self.weight, self.bias, self.eps)
-        if isinstance(self, BatchNormAct2d):
-            y = self.act(self.drop(y))
         return y
 
 
@@ -107,9 +188,16 @@ class _BatchNormAct2d(_OverRanks, BatchNormAct2d):  # type: ignore[misc]
     pass
 
 
+class _FirstStatistics(FirstStatistics, _OverRanks):  # type: ignore[misc]  # forward is that of the former
+    def _normalise(self, x: Tensor, mean_C: Tensor, var_C: Tensor) -> Tensor:
+        over_ranks = self.synchronised
+        return self._normalise_over_ranks(x, mean_C, var_C) if over_ranks else super()._normalise(x, mean_C, var_C)
+
+
 _KINDS: tuple[tuple[type[_BatchNorm], type[_BatchNorm]], ...] = (
     (nn.BatchNorm1d, _BatchNorm1d),
     (nn.BatchNorm2d, _BatchNorm2d),
+    (FirstStatistics, _FirstStatistics),
     (BatchNormAct2d, _BatchNormAct2d),
 )
 

@@ -176,6 +176,15 @@ class StudentConfig(Section):
     """Chance that the last block's residual branch is dropped for a sample; it grows linearly from 0 at the first."""
     zero_init_last: bool | None = None
     """Start the last batch norm of each residual branch at 0; None: the model's default (true for ms_resnet)."""
+    first_statistics: bool = False
+    """Batch norms behind the stem have statistics of their own for the first timestep, at which fewer neurons fire."""
+
+    def check_together(self, found: Mistakes) -> None:
+        """What concerns several keys of the section."""
+        found.require(
+            not self.first_statistics or self.num_timesteps > 1,
+            "student.first_statistics: the other timesteps need theirs; set student.num_timesteps to 2 or more",
+        )
 
 
 @dataclass

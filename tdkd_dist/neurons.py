@@ -264,7 +264,7 @@ class SpikingNeuron(nn.Module):
         """Whether a call is one timestep, from `membrane` and into it: `SpikingNet.step` sets both, and clears them."""
         self.membrane: Tensor | None = None
         self.first: Tensor | None = None
-        """Beside a carried membrane: `[B]`, 1 if this timestep is a first one; for graphs that are the same for all."""
+        """Beside a carried membrane: `[B, 1]`, 1 if this is a first timestep; for graphs that are the same for all."""
         if config.kind == "plif":
             # [1] and not a scalar: DeepSpeed broadcasts parameters as bytes, which a scalar can't be viewed as.
             self.w = nn.Parameter(torch.tensor([math.log(1 / config.decay - 1)]))

@@ -33,6 +33,8 @@ HARMLESS: list[Any] = [argparse.Namespace]
 """What old checkpoints hold besides tensors, numbers and plain containers: the arguments of their training."""
 
 
+FIRST_STATISTICS = (".first_running_mean", ".first_running_var")
+"""Of a batch norm's buffers, those of the first timestep."""
 FURTHER = ("crop_pct", "label_names", "frames", "frame_choice")
 """What a file may say of a student's input and answers besides size, mean and std."""
 
@@ -197,6 +199,8 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     for own_start in ("v_init", "first_scale"):
         if any(n.endswith(f".{own_start}") for n in extra):
             faults.append(f"its neurons have learned their {own_start}, which wants student.neuron.{own_start}=learned")
+    if any(n.endswith(FIRST_STATISTICS) for n in extra):
+        faults.append("its first timestep has statistics of its own, which wants student.first_statistics=true")
     if shapes:
         faults.append("has " + _some([f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}" for n in shapes]))
     if faults:
@@ -250,7 +254,9 @@ def start_from_relu(model: nn.Module, tensors: Mapping[str, Tensor], where: str)
     neurons learn: that stays as initialised.
     """
     own = model.state_dict()
-    left = {n: t for n, t in own.items() if n.endswith((".w", ".v_init", ".first_scale")) and n not in tensors}
+    fresh = (".w", ".v_init", ".first_scale", *FIRST_STATISTICS)
+    left = {n: t for n, t in own.items() if n.endswith(fresh) and n not in tensors}
+    left |= {n: tensors.get(n.replace(".first_", "."), left[n]) for n in left if n.endswith(FIRST_STATISTICS)}
     for layer in _classifiers(model):
         names = [n for n in own if n.rpartition(".")[0] == layer]
         if any(n not in tensors or tensors[n].shape != own[n].shape for n in names):

@@ -49,10 +49,10 @@ def refuse(model: SpikingNet, host_stem: bool = False) -> None:
     mistakes.require(
         not charged, "NIR has no membrane at the start: train without student.neuron.v_init, or export onnx or program"
     )
-    scaled = any(isinstance(m, SpikingNeuron) and m.scales_first for m in model.modules())
     mistakes.require(
-        not scaled,
-        "NIR has no timestep that differs: train without student.neuron.first_scale, or export onnx or program",
+        not model.differs_at_first,
+        "NIR has no timestep that differs: train without student.neuron.first_scale and student.first_statistics, or"
+        " export onnx or program",
     )
     ours = isinstance(model, SpikingResNetBase)
     mistakes.require(ours, f"{type(model).__name__}: only the package's own students are known in NIR")

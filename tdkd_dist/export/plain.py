@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from tdkd_dist.batch_norm import FirstStatistics, KnowsFirst
 from tdkd_dist.neurons import SpikingNeuron
-from tdkd_dist.students.base import SpikingNet
+from tdkd_dist.students.base import FIRST, SpikingNet
 
 
 @torch.no_grad()
@@ -22,6 +23,7 @@ def fold_batch_norms(model: SpikingNet) -> SpikingNet:
 
     A batch norm that reads anything but one convolution's output stays as it is. Folding is done in float64. Nothing
     else may read that output: so it is in the package's students; of others, comparing what was written would tell.
+    Where the first timestep has statistics of its own, a scale and an offset of its channels are left.
     """
     folded = copy.deepcopy(model).eval()
     names = {module: name for name, module in folded.named_modules()}
@@ -29,8 +31,36 @@ def fold_batch_norms(model: SpikingNet) -> SpikingNet:
         dtype = conv.weight.dtype
         fused: nn.Conv2d = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
         folded.set_submodule(names[conv], fused.to(dtype))
-        folded.set_submodule(names[bn], nn.Identity())
+        folded.set_submodule(names[bn], FirstAffine(bn) if isinstance(bn, FirstStatistics) else nn.Identity())
     return folded
+
+
+class FirstAffine(KnowsFirst):
+    """What folding leaves of a batch norm with statistics of its own for the first timestep: scale and offset there."""
+
+    scale_C: Tensor
+    offset_C: Tensor
+
+    def __init__(self, bn: FirstStatistics) -> None:
+        super().__init__()
+        self.num_timesteps, self.is_first = bn.num_timesteps, None
+        bn64 = copy.deepcopy(bn).double()
+        assert bn64.running_mean is not None
+        assert bn64.running_var is not None
+        # With y = w (x - m) / d + b later, w (x - m1) / d1 + b at first is s (y - b) + w (m - m1) / d1 + b, s = d / d1.
+        spread_C, first_C = (torch.sqrt(var + bn.eps) for var in (bn64.running_var, bn64.first_running_var))
+        scale_C = spread_C / first_C
+        moved_C = bn64.weight * (bn64.running_mean - bn64.first_running_mean) / first_C
+        self.register_buffer("scale_C", scale_C.to(bn.weight))
+        self.register_buffer("offset_C", (moved_C + bn64.bias * (1 - scale_C)).to(bn.weight))
+
+    def at_first(self, x: Tensor) -> Tensor:
+        """By the first timestep's statistics, of what those of the others have normalised."""
+        return x * self.scale_C.view(-1, 1, 1) + self.offset_C.view(-1, 1, 1)
+
+    def later(self, x: Tensor) -> Tensor:
+        """Nothing is left to do."""
+        return x
 
 
 def _pairs(model: SpikingNet) -> list[tuple[nn.Conv2d, _BatchNorm]]:
@@ -68,37 +98,23 @@ def example(model: SpikingNet, batch: int, frames: int | None = None) -> Tensor:
     return noise.to(weight)
 
 
-FIRST = "first"
-"""Of a step's state: whether the timestep is a first one."""
-
-
 class OneStep(nn.Module):
     """One timestep of plain tensors: images `[B, C, H, W]` and membranes to logits `[B, K]` and membranes.
 
     The images are those of any other timestep, or this timestep's frame; membranes are measured from the reset value,
-    and at first what `starts` says. Where the first timestep's currents are scaled there is one more state, `FIRST`.
+    and at first what `starts` says. Where the first timestep is computed otherwise there is one more state, `FIRST`.
     """
 
     def __init__(self, model: SpikingNet) -> None:
         super().__init__()
         self.model = model
         self.neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
-        scaled = any(neuron.scales_first for neuron in self.neurons.values())
-        self.names = [*self.neurons, *([FIRST] if scaled else [])]
+        self.names = [*self.neurons, *([FIRST] if model.differs_at_first else [])]
 
     def forward(self, images: Tensor, *membranes: Tensor) -> tuple[Tensor, ...]:
         """Logits and the membranes after the timestep, in the order of `names`."""
-        state = dict(zip(self.names, membranes, strict=True))
-        first = state.pop(FIRST, None)
-        try:
-            for neuron in self.neurons.values():
-                neuron.first = first
-            logits, state = self.model.step(images, state, frame=True)
-        finally:
-            for neuron in self.neurons.values():
-                neuron.first = None
-        after = [state[name] for name in self.neurons]
-        return logits, *after, *([] if first is None else [torch.zeros_like(first)])
+        logits, state = self.model.step(images, dict(zip(self.names, membranes, strict=True)), frame=True)
+        return logits, *(state[name] for name in self.names)
 
     @torch.no_grad()
     def at_first(self, images: Tensor) -> tuple[Tensor, ...]:

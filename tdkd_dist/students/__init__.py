@@ -84,6 +84,7 @@ def _chosen_options(cfg: StudentConfig) -> dict[str, Any]:
         "width": cfg.width,
         "drop_path": cfg.drop_path or None,
         "zero_init_last": cfg.zero_init_last,
+        "first_statistics": cfg.first_statistics or None,
     }
     return {key: value for key, value in options.items() if value is not None}
 

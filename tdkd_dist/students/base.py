@@ -11,13 +11,19 @@ import torch
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
+from tdkd_dist.batch_norm import KnowsFirst
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 Net = TypeVar("Net", bound=nn.Module)
 State = dict[str, Tensor]
-"""Between two timesteps: every neuron layer's membrane by its name; under `INPUT` what the image gives each time."""
+"""Between two timesteps: every neuron layer's membrane by its name; under `INPUT` what the image gives each time.
+
+In graphs that are the same for all timesteps there is a membrane before the first one too, and under `FIRST` `[B, 1]`,
+1 before the first timestep and 0 after it.
+"""
 INPUT = "input"
+FIRST = "first"
 
 
 class SpikingNet(nn.Module):
@@ -98,19 +104,34 @@ class SpikingNet(nn.Module):
         """
         neurons = {name: m for name, m in self.named_modules() if isinstance(m, SpikingNeuron)}
         after = {} if frame else {INPUT: self.prepare(images) if state is None else state[INPUT]}
+        first = None if state is None else state.get(FIRST)
         timesteps = self.num_timesteps
         self.set_num_timesteps(1)
         try:
             for name, neuron in neurons.items():
                 neuron.carries, neuron.membrane = True, None if state is None else state[name]
+                neuron.first = first
+            for layer in self._know_first():
+                layer.is_first = state is None if first is None else first
             x = self.forward_features(images.unsqueeze(0)) if frame else self.forward_prepared(after[INPUT])
             logits_BK = self.forward_head(x)[0]
             after |= {name: n.membrane for name, n in neurons.items() if n.membrane is not None}
         finally:
             for neuron in neurons.values():
-                neuron.carries, neuron.membrane = False, None
+                neuron.carries, neuron.membrane, neuron.first = False, None, None
+            for layer in self._know_first():
+                layer.is_first = None
             self.set_num_timesteps(timesteps)
-        return logits_BK, after
+        return logits_BK, after if first is None else {**after, FIRST: torch.zeros_like(first)}
+
+    @property
+    def differs_at_first(self) -> bool:
+        """Whether the first timestep is computed otherwise than the others, from the same membranes."""
+        neurons = [m for m in self.modules() if isinstance(m, SpikingNeuron)]
+        return bool(self._know_first()) or any(neuron.scales_first for neuron in neurons)
+
+    def _know_first(self) -> list[KnowsFirst]:
+        return [m for m in self.modules() if isinstance(m, KnowsFirst)]
 
     def prepare(self, images: Tensor) -> Tensor:
         """What of a static image's pass is the same at every timestep, `[B, ...]`: the image, unless one knows more."""

@@ -74,8 +74,9 @@ class MembraneResNet(resnet.SpikingResNetBase):
         width: int = 64,
         zero_init_last: bool = False,
         drop_path_rate: float = 0.0,
+        first_statistics: bool = False,
     ) -> None:
-        super().__init__(num_classes, in_chans, num_timesteps, neuron)
+        super().__init__(num_classes, in_chans, num_timesteps, neuron, first_statistics)
         self.conv1 = nn.Conv2d(in_chans, width, 7, 2, 3, bias=bias)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem_pool else nn.Identity()
@@ -120,7 +121,7 @@ default_cfgs = generate_default_cfgs(
         for name in ("ms_resnet18", "ms_resnet34", "preact_resnet34")
     }
 )
-register = base.register("width", "drop_path", "zero_init_last")
+register = base.register("width", "drop_path", "zero_init_last", "first_statistics")
 
 
 @register

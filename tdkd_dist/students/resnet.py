@@ -39,7 +39,8 @@ class SpikingResNetBase(SpikingNet):
     """A spiking ResNet, whose parts its subclasses build.
 
     A stem (`conv1`, `bn1`, then the neuron `sn1` where there is one, then `maxpool`), the stages `layer1`, `layer2`,
-    ..., the neuron `sn_head` where there is one, and `fc` on the spatial mean.
+    ..., the neuron `sn_head` where there is one, and `fc` on the spatial mean. With `first_statistics` the stages'
+    batch norms have statistics of their own for the first timestep; the stem reads the same at every one.
     """
 
     operations_in_layers: ClassVar[bool] = True
@@ -49,8 +50,16 @@ class SpikingResNetBase(SpikingNet):
     maxpool: nn.Module
     sn_head: SpikingNeuron | None
 
-    def __init__(self, num_classes: int, in_chans: int, num_timesteps: int, neuron: NeuronConfig | None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        in_chans: int,
+        num_timesteps: int,
+        neuron: NeuronConfig | None,
+        first_statistics: bool = False,
+    ) -> None:
         super().__init__(num_classes, in_chans, num_timesteps, neuron)
+        self.first_statistics = first_statistics
         self.sn1 = self.sn_head = None
 
     def make_stages(
@@ -66,6 +75,8 @@ class SpikingResNetBase(SpikingNet):
                 built = block(channels, width, stride, rates.pop(0))
                 channels = built.out_channels
                 blocks.append(built)
+            if self.first_statistics:
+                batch_norm.give_first_statistics(blocks, self.num_timesteps)
             setattr(self, f"layer{stage + 1}", blocks)
         self.num_stages = len(depths)
         return channels

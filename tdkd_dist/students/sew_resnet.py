@@ -132,8 +132,9 @@ class SEWResNet(resnet.SpikingResNetBase):
         small_stem: bool = False,
         zero_init_last: bool = False,
         drop_path_rate: float = 0.0,
+        first_statistics: bool = False,
     ) -> None:
-        super().__init__(num_classes, in_chans, num_timesteps, neuron)
+        super().__init__(num_classes, in_chans, num_timesteps, neuron, first_statistics)
         if connect not in get_args(Connect):
             raise Mistake(f"student.connect={connect}: must be one of {', '.join(get_args(Connect))}")
         if drop_path_rate > 0 and connect != "ADD":
@@ -161,7 +162,7 @@ def _cfg(input_size: tuple[int, int, int] = (3, 224, 224)) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {f"sew_resnet{depth}": _cfg() for depth in (18, 34, 50, 101, 152)} | {"sew_resnet8": _cfg((3, 32, 32))}
 )
-register = base.register("connect", "width", "drop_path", "zero_init_last")
+register = base.register("connect", "width", "drop_path", "zero_init_last", "first_statistics")
 
 
 @register

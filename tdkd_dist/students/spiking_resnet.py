@@ -67,8 +67,9 @@ class SpikingResNet(resnet.SpikingResNetBase):
         width: int = 64,
         zero_init_last: bool = False,
         drop_path_rate: float = 0.0,
+        first_statistics: bool = False,
     ) -> None:
-        super().__init__(num_classes, in_chans, num_timesteps, neuron)
+        super().__init__(num_classes, in_chans, num_timesteps, neuron, first_statistics)
         self.conv1 = conv3x3(in_chans, width)
         self.bn1 = nn.BatchNorm2d(width)
         self.sn1 = self.make_neuron(width)
@@ -95,7 +96,7 @@ default_cfgs = generate_default_cfgs(
         for name in ("spiking_resnet18", "spiking_resnet19")
     }
 )
-register = base.register("width", "drop_path", "zero_init_last")
+register = base.register("width", "drop_path", "zero_init_last", "first_statistics")
 
 
 @register

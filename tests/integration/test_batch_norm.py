@@ -64,12 +64,14 @@ def compare(ours: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], rank:
         )
 
 
-def equal_one_process(rank: int, world_size: int, names: list[str], compiler: str | None, T: int = T) -> None:
+def equal_one_process(
+    rank: int, world_size: int, names: list[str], compiler: str | None, T: int = T, **options: object
+) -> None:
     for name in names:
         frames = T if name == "spiking_resnet18" else None  # frames: the stem is not repeated
         x = images(seed=5, batch=B, frames=frames).to(torch.float64)
         dim = 1 if frames else 0
-        net = network(name, num_timesteps=T)
+        net = network(name, num_timesteps=T, **options)
         whole = copy.deepcopy(net)
         assert synchronise(net) is net
         assert list(net.state_dict()) == list(whole.state_dict())
@@ -95,6 +97,16 @@ def test_two_ranks_equal_one_process():
 def test_so_they_do_compiled():
     """At two timesteps: Inductor's C++ is compiled for each."""
     run_ranks(equal_one_process, RANKS, ["sew_resnet8"], "inductor", 2)
+
+
+def equal_one_process_with_first_statistics(rank: int, world_size: int) -> None:
+    names = ["sew_resnet8", "ms_resnet18", "spiking_resnet18"]
+    equal_one_process(rank, world_size, names, None, first_statistics=True)
+
+
+@pytest.mark.slow
+def test_so_do_statistics_of_the_first_timestep():
+    run_ranks(equal_one_process_with_first_statistics, RANKS)
 
 
 def one_graph_and_two_all_reduces(rank: int, world_size: int, names: list[str]) -> None:
