@@ -6,6 +6,7 @@ Here a layer's statistics travel in one functional all-reduce forward and one ba
 Shapes: x and y are `[n, C, ...]`; T timesteps, B images; S two rows of sums a channel.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -113,6 +114,34 @@ class FirstStatistics(KnowsFirst, nn.BatchNorm2d):
         assert self.running_var is not None
         return self._normalise(x, self.running_mean, self.running_var)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T*B, C, ...]` in and out, `[B, C, ...]` where `is_first` is set."""
+        everything = self.training and self.is_first is None and self.num_timesteps > 1
+        if not (everything and torch.compiler.is_compiling()):
+            return super().forward(x)
+        # Inductor would write a concatenation to memory, between the convolution and the neurons.
+        B, over_ranks = x.shape[0] // self.num_timesteps, isinstance(self, _OverRanks) and self.synchronised
+        mean_SC, var_SC = _statistics(x[:B], x[B:], over_ranks=over_ranks)
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        running = (self.first_running_mean, self.first_running_var), (self.running_mean, self.running_var)
+        for part, mean_C, var_C, (running_mean_C, running_var_C) in zip(
+            (x[:B], x[B:]), mean_SC, var_SC, running, strict=True
+        ):
+            _track(
+                self,
+                part,
+                mean_C,
+                var_C,
+                running_mean_C,
+                running_var_C,
+                copies=dist.get_world_size() if over_ranks else 1,
+            )
+        y: Tensor = _NormaliseFirst.apply(
+            x, mean_SC, var_SC, self.weight, self.bias, self.eps, self.num_timesteps, over_ranks
+        )
+        return y
+
     def _normalise(self, x: Tensor, mean_C: Tensor, var_C: Tensor) -> Tensor:
         assert self.momentum is not None
         return F.batch_norm(x, mean_C, var_C, self.weight, self.bias, self.training, self.momentum, self.eps)
@@ -165,13 +194,8 @@ class _OverRanks(_BatchNorm):
     def _normalise_over_ranks(
         self, x: Tensor, running_mean_C: Tensor | None, running_var_C: Tensor | None, repeats: int = 1
     ) -> Tensor:
-        mean_C, var_C = _statistics(x)
-        if running_mean_C is not None and running_var_C is not None and self.num_batches_tracked is not None:
-            n = repeats * dist.get_world_size() * (x.numel() // x.shape[1])
-            with torch.no_grad():
-                momentum = _momentum(self)
-                running_mean_C.add_(momentum * (mean_C - running_mean_C))
-                running_var_C.add_(momentum * (var_C * (n / (n - 1)) - running_var_C))
+        (mean_C,), (var_C,) = _statistics(x, over_ranks=True)
+        _track(self, x, mean_C, var_C, running_mean_C, running_var_C, copies=repeats * dist.get_world_size())
         y: Tensor = _Normalise.apply(x, mean_C, var_C, self.weight, self.bias, self.eps)
         return y
 
@@ -203,14 +227,38 @@ _KINDS: tuple[tuple[type[_BatchNorm], type[_BatchNorm]], ...] = (
 
 
 @torch.no_grad()
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance `[C]` over all ranks, in fp32 or wider."""
-    var_C, mean_C = torch.var_mean(x.to(_wide(x)), _all_but_channels(x), correction=0)
+def _statistics(*parts: Tensor, over_ranks: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each part, `[S, C]`, in fp32 or wider."""
+    wide = _wide(parts[0])
+    found = [torch.var_mean(x.to(wide), _all_but_channels(x), correction=0) for x in parts]
+    var_SC, mean_SC = (torch.stack(one) for one in zip(*found, strict=True))
+    if not over_ranks:
+        return mean_SC, var_SC
     # The variance is a difference of two means, which loses digits where the mean is large: not in float64.
-    mean_square_2C = torch.cat([mean_C.double(), var_C.double() + mean_C.double().square()])
-    mean_C, square_C = (_sum_over_ranks(mean_square_2C) / dist.get_world_size()).chunk(2)
-    var_C = (square_C - mean_C.square()).clamp(min=0)
-    return mean_C.to(_wide(x)), var_C.to(_wide(x))
+    mean_square_2SC = torch.stack([mean_SC.double(), var_SC.double() + mean_SC.double().square()])
+    mean_SC, square_SC = _sum_over_ranks(mean_square_2SC) / dist.get_world_size()
+    var_SC = (square_SC - mean_SC.square()).clamp(min=0)
+    return mean_SC.to(wide), var_SC.to(wide)
+
+
+@torch.no_grad()
+def _track(
+    bn: _BatchNorm,
+    x: Tensor,
+    mean_C: Tensor,
+    var_C: Tensor,
+    running_mean_C: Tensor | None,
+    running_var_C: Tensor | None,
+    *,
+    copies: int,
+) -> None:
+    """Move the running statistics towards a batch's, which so many times x make up."""
+    if running_mean_C is None or running_var_C is None or bn.num_batches_tracked is None:
+        return
+    n = copies * (x.numel() // x.shape[1])
+    momentum = _momentum(bn)
+    running_mean_C.add_(momentum * (mean_C - running_mean_C))
+    running_var_C.add_(momentum * (var_C * (n / (n - 1)) - running_var_C))
 
 
 class _Normalise(torch.autograd.Function):
@@ -244,6 +292,58 @@ class _Normalise(torch.autograd.Function):
         wants_weight, wants_bias = ctx.needs_input_grad[3:5]
         affine = sum_gx_C if wants_weight else None, sum_g_C if wants_bias else None
         return grad_x.to(x.dtype), None, None, *affine, None
+
+
+class _NormaliseFirst(torch.autograd.Function):
+    """The same of T timesteps at once, the first with statistics of its own: S = 2 rows of them, first and later."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean_SC: Tensor,
+        var_SC: Tensor,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        eps: float,
+        num_timesteps: int,
+        over_ranks: bool,
+    ) -> Tensor:
+        invstd_SC = (var_SC + eps).rsqrt()
+        ctx.save_for_backward(x, mean_SC, invstd_SC, weight_C)
+        ctx.constants = num_timesteps, over_ranks
+        x_TB, along = _timesteps(x, num_timesteps)
+        scale_SC = invstd_SC * weight_C
+        y_TB = x_TB.to(_wide(x)) * along(scale_SC) + along(bias_C - mean_SC * scale_SC)
+        return y_TB.flatten(0, 1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, mean_SC, invstd_SC, weight_C), (T, over_ranks) = ctx.saved_tensors, ctx.constants
+        x_TB, along = _timesteps(x, T)
+        g_TB, _ = _timesteps(grad.to(_wide(grad)), T)
+        normal_TB = (x_TB.to(_wide(x)) - along(mean_SC)) * along(invstd_SC)
+        sums_2TC = torch.stack([v.sum([1, *range(3, v.ndim)]) for v in (g_TB, g_TB * normal_TB)])
+        sums_2SC = torch.stack([sums_2TC[:, 0], sums_2TC[:, 1:].sum(1)], 1)
+        n = x.numel() // x.shape[1] // T
+        n_S1 = torch.stack([sums_2SC.new_full((1,), n), sums_2SC.new_full((1,), n * (T - 1))])
+        mean_g_SC, mean_gx_SC = (
+            _sum_over_ranks(sums_2SC) / (n_S1 * dist.get_world_size()) if over_ranks else sums_2SC / n_S1
+        )
+        grad_TB = (g_TB - along(mean_g_SC) - normal_TB * along(mean_gx_SC)) * along(invstd_SC * weight_C)
+        grad_bias, grad_weight = sums_2SC.sum(1)
+        return grad_TB.flatten(0, 1).to(x.dtype), None, None, grad_weight, grad_bias, None, None, None
+
+
+def _timesteps(x: Tensor, T: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`[T, B, C, ...]` of `[T*B, C, ...]`, and what gives it the rows `[2, C]` of the first and the later timesteps."""
+    x_TB = x.view(T, x.shape[0] // T, *x.shape[1:])
+
+    def along(v_SC: Tensor) -> Tensor:
+        v_TC = torch.cat([v_SC[:1], v_SC[1:].expand(T - 1, -1)])
+        return v_TC.view(T, 1, -1, *[1] * (x.ndim - 2))
+
+    return x_TB, along
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:

@@ -121,9 +121,23 @@ def test_nir_cannot_say_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sew_resnet8"])
-def test_compiled_it_is_the_same(name):
-    net = student(name, first_statistics=True).train()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_compiled_it_is_the_same(dtype):
+    """There it is a function of its own, forward and backward, without a concatenation."""
+    own, _ = pair()
+    eager = copy.deepcopy(own)
+    torch.compiler.reset()
+    own.compile(fullgraph=True)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+    own.to(torch.promote_types(dtype, torch.float32)), eager.to(torch.promote_types(dtype, torch.float32))
+    x = (3 * torch.randn(T * B, 5, 4, 4)).to(dtype).contiguous(memory_format=torch.channels_last)
+    assert_close(everything(own, x), everything(eager, x), tolerance)
+    assert own(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+def test_so_it_is_in_a_student():
+    net = student("sew_resnet8", first_statistics=True).train()
     eager = copy.deepcopy(net)
     torch.compiler.reset()
     net.compile(fullgraph=True)

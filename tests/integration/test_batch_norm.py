@@ -102,6 +102,7 @@ def test_so_they_do_compiled():
 def equal_one_process_with_first_statistics(rank: int, world_size: int) -> None:
     names = ["sew_resnet8", "ms_resnet18", "spiking_resnet18"]
     equal_one_process(rank, world_size, names, None, first_statistics=True)
+    equal_one_process(rank, world_size, names[:1], "aot_eager", first_statistics=True)
 
 
 @pytest.mark.slow
@@ -109,12 +110,12 @@ def test_so_do_statistics_of_the_first_timestep():
     run_ranks(equal_one_process_with_first_statistics, RANKS)
 
 
-def one_graph_and_two_all_reduces(rank: int, world_size: int, names: list[str]) -> None:
+def one_graph_and_two_all_reduces(rank: int, world_size: int, names: list[str], **options: object) -> None:
     from torch._dynamo.testing import CompileCounter
 
     for name in names:
         torch.compiler.reset()
-        net, counter = synchronise(network(name, num_timesteps=2)).train(), CompileCounter()
+        net, counter = synchronise(network(name, num_timesteps=2, **options)).train(), CompileCounter()
         net.compile(backend=counter, fullgraph=True)
         norms = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
         net(images(seed=rank)).sum().backward()
@@ -135,6 +136,15 @@ def test_every_student_is_one_graph_with_an_all_reduce_a_layer_and_direction():
     names = [name for name in spiking_names() if name not in ("sew_resnet101", "sew_resnet152")]
     run_without_peers(one_graph_and_two_all_reduces, RANKS, [*names, *PLAIN])
     run_ranks(one_graph_and_two_all_reduces, RANKS, ["sew_resnet8", "resnet10t"])
+
+
+def so_with_first_statistics(rank: int, world_size: int) -> None:
+    one_graph_and_two_all_reduces(rank, world_size, ["sew_resnet8", "ms_resnet18"], first_statistics=True)
+
+
+@pytest.mark.slow
+def test_the_first_timesteps_statistics_travel_with_the_others():
+    run_without_peers(so_with_first_statistics, RANKS)
 
 
 def recomputed(rank: int, world_size: int) -> None:

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fake_cuda
 import timm
@@ -64,6 +65,7 @@ class Setting:
     timesteps: int = 4
     precision: str = "bf16"
     activation_budget: float = 1.0
+    first_statistics: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ class Count:
 
 def build(setting: Setting) -> nn.Module:
     """The network of this name."""
-    arguments = {"num_timesteps": setting.timesteps} if setting.network in spiking_names() else {}
+    arguments: dict[str, Any] = {}
+    if setting.network in spiking_names():
+        arguments = {"num_timesteps": setting.timesteps, "first_statistics": setting.first_statistics}
     net: nn.Module = timm.create_model(setting.network, num_classes=1000, **arguments)
     return net
 
@@ -197,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timesteps", type=int, default=4)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--activation-budget", type=float, default=1.0, help="train.activation_budget")
+    parser.add_argument("--first-statistics", action="store_true", help="student.first_statistics")
     parser.add_argument("--markdown", type=Path, help="write the table there")
     parser.add_argument("--code", type=Path, help="write the generated code into this folder")
     options = parser.parse_args(argv)
@@ -214,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
                     options.timesteps,
                     options.precision,
                     options.activation_budget,
+                    options.first_statistics,
                 )
                 counts.append(count(setting, write_to=options.code))
                 print(f"{network}, {variant}: {counts[-1].moved / MIB:,.0f} MiB", file=sys.stderr, flush=True)
