@@ -15,6 +15,9 @@ class LossConfig(Section):
     target: Literal["temporal", "ensemble", "prefix", "mix"] = "temporal"
     """Which logits each term sees: every timestep's own, the final ensemble only, the ensemble after each step, or half
     of the first and half of the last (`mix`)."""
+    weights: Literal["equal", "linear"] = "equal"
+    """Of the timesteps in each term: `linear`, in proportion to t. Of ensembles it makes up for that early steps are a
+    part of more of them."""
     standardise: bool = False
     """In both distillation terms, subtract the logits' mean over classes and divide by their standard deviation."""
     alpha: float = limited(0.2, ">= 0", most=10_000)
@@ -40,4 +43,8 @@ class LossConfig(Section):
         found.require(
             self.self_target != "weighted" or self.target == "temporal",
             f"loss.self_target=weighted: a mean for each timestep, which needs loss.target=temporal, not {self.target}",
+        )
+        found.require(
+            self.weights == "equal" or self.target != "mix",
+            f"loss.weights={self.weights}: loss.target=mix has two terms a timestep; leave it equal",
         )

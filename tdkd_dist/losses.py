@@ -46,11 +46,15 @@ class TemporalDistillationLoss(nn.Module):
     `target` says which logits stand for z_t in the terms: "temporal", each timestep's own; "ensemble", the mean over
     all timesteps alone (standard logit distillation); "prefix", the mean m_t over the first t timesteps, which is what
     is deployed at t; "mix", both z_t and m_t, each with half the weight, except that self-distillation sees m_t alone.
-    The self-target is always made of the timesteps' own logits. With `standardise` both divergences are of logits from
-    which their mean over classes was subtracted, and which were divided by their standard deviation (Sun et al., CVPR
-    2024): their scale may differ from step to step. With `align_errors` the teacher's term gives the class that the
-    student's logits predict, where that is wrong, the logit of the right class, and in the teacher's both classes the
-    smaller of its two: the wrong class need not be lowered below the right one (SeAl-KD).
+    The self-target is always made of the timesteps' own logits. `weights` says what each term's mean over timesteps is:
+    "equal", 1/T sum_t, or "linear", 2/(T (T+1)) sum_t t. Since z_i is a part of every m_t from t = i on, equal weights
+    move the first of four steps eight times as much as the last by "prefix", and linear ones four times.
+
+    With `standardise` both divergences are of logits from which their mean over classes was subtracted, and which were
+    divided by their standard deviation (Sun et al., CVPR 2024): their scale may differ from step to step. With
+    `align_errors` the teacher's term gives the class that the student's logits predict, where that is wrong, the logit
+    of the right class, and in the teacher's both classes the smaller of its two: the wrong class need not be lowered
+    below the right one (SeAl-KD).
 
     Two more, off by default, are always of the timesteps' own logits and their ensembles m_t = mean(z_1..z_t):
 
@@ -68,6 +72,7 @@ class TemporalDistillationLoss(nn.Module):
         self_target: Literal["ensemble", "correct_only", "weighted"] = "ensemble",
         *,
         target: Literal["temporal", "ensemble", "prefix", "mix"] = "temporal",
+        weights: Literal["equal", "linear"] = "equal",
         standardise: bool = False,
         align_errors: bool = False,
         label_smoothing: float = 0.0,
@@ -79,6 +84,10 @@ class TemporalDistillationLoss(nn.Module):
             raise Mistake(f"loss.self_target={self_target}: must be ensemble, correct_only or weighted")
         if target not in ("temporal", "ensemble", "prefix", "mix"):
             raise Mistake(f"loss.target={target}: must be temporal, ensemble, prefix or mix")
+        if weights not in ("equal", "linear"):
+            raise Mistake(f"loss.weights={weights}: must be equal or linear")
+        if weights != "equal" and target == "mix":
+            raise Mistake(f"loss.weights={weights}: loss.target=mix has two terms a timestep; leave it equal")
         if not temperature > 0:
             raise Mistake(f"loss.temperature={temperature}: must be positive")
         self.alpha = alpha
@@ -86,6 +95,7 @@ class TemporalDistillationLoss(nn.Module):
         self.temperature = temperature
         self.self_target = self_target
         self.target = target
+        self.weights = weights
         self.standardise = standardise
         self.align_errors = align_errors
         self.label_smoothing = label_smoothing
@@ -103,7 +113,7 @@ class TemporalDistillationLoss(nn.Module):
         z_TBK = _at_least_fp32(student_logits_TBK)
         seen_SBK = self._seen(z_TBK)
         log_probs_SBK = F.log_softmax(seen_SBK, dim=-1)
-        ce = self._cross_entropy(log_probs_SBK, labels)
+        ce = self._cross_entropy(self._weigh(log_probs_SBK), labels)
         kl = sd = consistency = mse = z_TBK.new_zeros(())
         if (self.alpha or self.beta) and (self.temperature != 1 or self.standardise):
             log_probs_SBK = self._soft(seen_SBK)
@@ -136,6 +146,14 @@ class TemporalDistillationLoss(nn.Module):
             spread = logits.std(-1, correction=0, keepdim=True)
             logits = (logits - logits.mean(-1, keepdim=True)) / (spread + SPREAD_EPS)
         return F.log_softmax(logits / self.temperature, dim=-1)
+
+    def _weigh(self, values_SBK: Tensor) -> Tensor:
+        """Such that the mean over timesteps is the one that `weights` says."""
+        S = len(values_SBK)
+        if self.weights == "equal" or S == 1:
+            return values_SBK
+        t_S11 = torch.arange(1, S + 1, device=values_SBK.device, dtype=values_SBK.dtype).view(-1, 1, 1)
+        return values_SBK * (2 * t_S11 / (S + 1))
 
     def _cross_entropy(self, log_probs_SBK: Tensor, labels: Tensor) -> Tensor:
         S, _, K = log_probs_SBK.shape
@@ -170,7 +188,7 @@ class TemporalDistillationLoss(nn.Module):
         """From the target `[B, K]` or `[S, B, K]`."""
         target_log_probs_SBK = self._soft(target.detach()).expand_as(log_probs_SBK)
         per_class_SBK = F.kl_div(log_probs_SBK, target_log_probs_SBK, log_target=True, reduction="none")
-        return self.temperature**2 * per_class_SBK.sum(-1).mean()
+        return self.temperature**2 * self._weigh(per_class_SBK).sum(-1).mean()
 
 
 def are_classes(labels: Tensor) -> bool:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdkd_dist.loss_config import LossConfig
 from tdkd_dist.losses import TemporalDistillationLoss, ensembles
 
 SELF_TARGETS = ("ensemble", "correct_only", "weighted")
@@ -61,9 +62,15 @@ def weighted_others(own: list[list[float]], t: int) -> list[float]:
     return [math.fsum(w * v[k] for w, v in zip(weights, own, strict=True)) / math.fsum(weights) for k in range(K)]
 
 
-def naive_terms(z, q, label, *, temperature, self_target, target, smoothing, standardise=False, align_errors=False):
+def naive_terms(
+    z, q, label, *, temperature, self_target, target, smoothing, standardise=False, align_errors=False, weights="equal"
+):
     """(ce, kl, sd) of one batch: z [T][B][K], q [B][K], label [B][K] probabilities."""
     T, B, K = len(z), len(z[0]), len(z[0][0])
+
+    def share(t, steps):
+        return 1 / (steps * B) if weights == "equal" else (t + 1) / (math.fsum(range(1, steps + 1)) * B)
+
     ce = kl_term = sd = 0.0
     for b in range(B):
         prefix = [[math.fsum(z[i][b][k] for i in range(t + 1)) / (t + 1) for k in range(K)] for t in range(T)]
@@ -76,13 +83,14 @@ def naive_terms(z, q, label, *, temperature, self_target, target, smoothing, sta
             s = [math.fsum(v[k] for v in right) / (len(right) + 1e-8) for k in range(K)]
         else:
             s = prefix[-1]
-        for v in seen:
-            ce += cross_entropy(v, label[b], smoothing) / (len(seen) * B)
+        for t, v in enumerate(seen):
+            ce += cross_entropy(v, label[b], smoothing) * share(t, len(seen))
             student, teacher = aligned(v, q[b], y) if align_errors else (v, q[b])
-            kl_term += kl(as_seen(teacher), as_seen(student), temperature) / (len(seen) * B)
-        for t, v in enumerate(prefix if target == "mix" else seen):
+            kl_term += kl(as_seen(teacher), as_seen(student), temperature) * share(t, len(seen))
+        own_seen = prefix if target == "mix" else seen
+        for t, v in enumerate(own_seen):
             s = weighted_others(own, t) if self_target == "weighted" else s
-            sd += kl(as_seen(s), as_seen(v), temperature) / (len(prefix if target == "mix" else seen) * B)
+            sd += kl(as_seen(s), as_seen(v), temperature) * share(t, len(own_seen))
     return ce, kl_term, sd
 
 
@@ -110,26 +118,45 @@ def problems(draw):
     st.sampled_from([0.0, 0.1]),
     st.booleans(),
     st.booleans(),
+    st.sampled_from(["equal", "linear"]),
 )
 def test_equals_the_definition(
-    problem, temperature, alpha, beta, self_target, target, soft, smoothing, standardise, align_errors
+    problem, temperature, alpha, beta, self_target, target, soft, smoothing, standardise, align_errors, weights
 ):
     target = "temporal" if self_target == "weighted" else target
+    weights = "equal" if target == "mix" else weights
     z, q, labels, soft_labels = problem
     y = soft_labels if soft else labels
     one_hot = soft_labels if soft else torch.nn.functional.one_hot(labels, z.shape[-1]).double()
     loss = TemporalDistillationLoss(
         alpha, beta, temperature, self_target, target=target, label_smoothing=smoothing, standardise=standardise,
-        align_errors=align_errors,
+        align_errors=align_errors, weights=weights,
     )  # fmt: skip
     terms = loss(z, q, y)
     ce, kl_term, sd = naive_terms(
         z.tolist(), q.tolist(), one_hot.tolist(), temperature=temperature, self_target=self_target,
-        target=target, smoothing=smoothing, standardise=standardise, align_errors=align_errors,
+        target=target, smoothing=smoothing, standardise=standardise, align_errors=align_errors, weights=weights,
     )  # fmt: skip
     expected = (ce + alpha * kl_term + beta * sd, ce, kl_term, sd)
     for found, wanted in zip(terms[:4], expected, strict=True):
         assert found.item() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize(("weights", "shares"), [("equal", [25, 13, 7, 3]), ("linear", [4, 3, 2, 1])])
+def test_how_much_a_step_is_moved_by_the_ensembles_it_is_a_part_of(weights, shares):
+    """Where all steps are alike, so that only the weights differ; 1 + 1/2 + 1/3 + 1/4 is 25/12."""
+    z = torch.ones(4, 1, 3, dtype=torch.float64).cumsum(-1).requires_grad_()
+    loss = TemporalDistillationLoss(0.0, 0.0, 1.0, target="prefix", weights=weights)
+    loss(z, None, torch.tensor([0])).total.backward()
+    moved_T = z.grad.abs().sum((1, 2))
+    assert torch.allclose(moved_T / moved_T.sum(), torch.tensor(shares).double() / sum(shares), rtol=1e-12)
+
+
+def test_a_mixture_has_two_terms_a_timestep():
+    with pytest.raises(ValueError, match=r"loss\.weights=linear: loss\.target=mix has two"):
+        TemporalDistillationLoss(0.2, 0.5, 1.0, target="mix", weights="linear")
+    with pytest.raises(ValueError, match=r"loss\.weights=linear: loss\.target=mix has two"):
+        LossConfig(target="mix", weights="linear")
 
 
 @pytest.mark.parametrize("target", ["temporal", "prefix", "mix"])
