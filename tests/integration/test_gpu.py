@@ -109,8 +109,9 @@ def test_the_compiled_run_starts_at_the_same_loss(tree):
     assert eager[0] == pytest.approx(compiled[0], rel=0.05)
 
 
+@pytest.mark.parametrize("first_statistics", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_synchronised_norms_and_the_engine_in_channels_last(compiled):
+def test_synchronised_norms_and_the_engine_in_channels_last(compiled, first_statistics):
     from tdkd_dist.training.engine import Engine
 
     config = load_config(
@@ -121,6 +122,7 @@ def test_synchronised_norms_and_the_engine_in_channels_last(compiled):
             "train.micro_batch=4",
             "loss.alpha=0",
             "train.precision=bf16",
+            f"student.first_statistics={first_statistics}",
         ],
     )
     student = synchronise(create_student(config.student)).cuda().train()
