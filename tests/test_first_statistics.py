@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from networks import B, K, T, assert_close, everything, images, student
 from torch import nn
 
-from tdkd_dist.batch_norm import FirstStatistics, KnowsFirst, give_first_statistics
+from tdkd_dist.batch_norm import FirstStatistics, give_first_statistics
 from tdkd_dist.config import StudentConfig
 from tdkd_dist.export.plain import fold_batch_norms
+from tdkd_dist.first_timestep import KnowsFirst
 from tdkd_dist.neurons import NeuronConfig
 from tdkd_dist.recipe import load_config
 from tdkd_dist.students import create_student

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = """
 mistakes
-files curves distributed memory
+files curves distributed memory first_timestep
 limits command_line batch_norm losses
 neuron_config launcher_config loss_config metrics
 config neurons

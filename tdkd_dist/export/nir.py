@@ -50,7 +50,7 @@ def refuse(model: SpikingNet, host_stem: bool = False) -> None:
         not charged, "NIR has no membrane at the start: train without student.neuron.v_init, or export onnx or program"
     )
     mistakes.require(
-        not model.differs_at_first,
+        not (isinstance(model, SpikingNet) and model.differs_at_first),
         "NIR has no timestep that differs: train without student.neuron.first_scale and student.first_statistics, or"
         " export onnx or program",
     )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from tdkd_dist.batch_norm import FirstStatistics, KnowsFirst
+from tdkd_dist.batch_norm import FirstStatistics
+from tdkd_dist.first_timestep import KnowsFirst
 from tdkd_dist.neurons import SpikingNeuron
 from tdkd_dist.students.base import FIRST, SpikingNet
 

@@ -11,7 +11,7 @@ import torch
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
-from tdkd_dist.batch_norm import KnowsFirst
+from tdkd_dist.first_timestep import KnowsFirst
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
 
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
