@@ -6,6 +6,7 @@ import torch
 
 import tdkd_dist
 from tdkd_dist.config import StudentConfig
+from tdkd_dist.recipe import load_config
 from tdkd_dist.students import create_student, is_spiking
 
 
@@ -60,10 +61,16 @@ def test_the_papers_relu_teachers(name):
         assert [n for n in names if names[n].shape != own[n].shape] == ["conv1.weight"]
 
 
-def test_the_relu_network_of_a_students_shape():
-    relu = create_student(StudentConfig(model="relu_resnet18", num_classes=10, width=24))
-    sew = create_student(StudentConfig(model="sew_resnet18", num_classes=10, width=24))
+@pytest.mark.parametrize(("recipe", "variant"), [("imagenette_sew18_cpu", "relu"), ("cifar10_sew8_cpu", "relu8")])
+def test_the_relu_network_of_a_students_shape(recipe, variant):
+    sew, relu = (create_student(load_config(recipe, settings).student) for settings in ([], [f"variant={variant}"]))
     assert {n: p.shape for n, p in relu.named_parameters()} == {n: p.shape for n, p in sew.named_parameters()}
+    x = torch.randn(2, 3, 32, 32)
+    sew_maps = sew.forward_features(x).shape[-2:]
+    assert relu.forward_features(x).shape[-2:] == sew_maps
+
+
+def test_the_relu_network_is_torchvisions():
     torchvision = pytest.importorskip("torchvision")
     peer = torchvision.models.resnet18(num_classes=10).eval()
     own = create_student(StudentConfig(model="relu_resnet18", num_classes=10)).eval()

@@ -1,7 +1,7 @@
 """The ReLU networks that taught the paper's CIFAR and CIFAR10-DVS students: ResNets for small images (Yu et al. 2025).
 
-timm has no ResNet with a 3x3 stem at full resolution, nor a ResNet-18 of another width, to be compared with a student
-that is as narrow. Names of the parameters are torchvision's.
+timm has no ResNet with a 3x3 stem at full resolution, nor one that is as narrow or as short as a student that it is
+compared with. Names of the parameters are torchvision's.
 
 Shapes: x is `[B, C, H, W]`.
 """
@@ -35,7 +35,7 @@ class ReluBlock(nn.Module):
 class ReluResNet(nn.Module):
     """Stem conv3x3 - BN - ReLU, `ReluBlock`s, spatial mean, classifier behind an optional hidden layer.
 
-    `small_stem=False`: a 7x7 convolution of stride 2 and a max-pool instead, for images of 224 pixels.
+    `stem_stride` is that convolution's. `small_stem=False`: a 7x7 one of stride 2 and a max-pool, for 224 pixels.
     """
 
     default_cfg: dict[str, Any]
@@ -49,9 +49,13 @@ class ReluResNet(nn.Module):
         width: int = 64,
         hidden: int | None = None,
         small_stem: bool = True,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
-        self.conv1 = conv3x3(in_chans, width) if small_stem else nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
+        if small_stem:
+            self.conv1 = conv3x3(in_chans, width, stem_stride)
+        else:
+            self.conv1 = nn.Conv2d(in_chans, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
         channels = width
@@ -100,9 +104,19 @@ default_cfgs = generate_default_cfgs(
         name: {"input_size": (3, 32, 32), "first_conv": "conv1", "classifier": "fc", **resnet.CIFAR10}
         for name in ("cifar_resnet18", "cifar_resnet19", "cifar_resnet34")
     }
-    | {"relu_resnet18": {"input_size": (3, 224, 224), "first_conv": "conv1", "classifier": "fc"}}
+    | {
+        name: {"input_size": (3, size, size), "first_conv": "conv1", "classifier": "fc"}
+        for name, size in (("relu_resnet8", 32), ("relu_resnet18", 224))
+    }
 )
 register = base.register("width", spiking=False)
+
+
+@register
+def relu_resnet8(pretrained: bool = False, **kwargs: Any) -> ReluResNet:
+    """Three blocks of widths 24, 48, 96 and a stem of stride 2: the ordinary network beside `sew_resnet8`."""
+    kwargs = {"width": 24} | kwargs
+    return base.build(ReluResNet, "relu_resnet8", pretrained, depths=(1, 1, 1), stem_stride=2, **kwargs)
 
 
 @register
