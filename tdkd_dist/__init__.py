@@ -36,7 +36,7 @@ class _WithTimm(MetaPathFinder):
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name not in ("losses", "neurons", "students", "weights"):
+    if name not in ("anytime", "losses", "neurons", "students", "weights"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module(f"tdkd_dist.{name}")
 

@@ -56,6 +56,7 @@ class ActivityMeter:
         self._fan_outs: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._whole: dict[str, bool] = {}
         self._pooled_TBC: Tensor | None = None
+        self._frames: Tensor | None = None
 
     @property
     def wants_more(self) -> bool:
@@ -75,6 +76,7 @@ class ActivityMeter:
             x_TB = x if x.shape[:2] == (T, B) and x.ndim == 3 else x.view(len(x) // B, B, *x.shape[1:])
             return x_TB[:, :n]
 
+        self._frames = images.flatten(0, 1) if images.ndim == 5 else None
         with ExitStack() as hooks:
             for i, name in enumerate(self._neurons):
                 self._hook(hooks, name, partial(self._count_spikes, i, split))
@@ -143,7 +145,7 @@ class ActivityMeter:
         name, n = self._layers[i], x_TB.shape[1]
         layer = self._model.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        whole = self._reads_whole(name, x_TB)
+        whole = self._reads_whole(name, x_TB) and not self._is_input(x)
         if isinstance(layer, nn.Linear) and not whole and self._pooled_TBC is not None:
             x_TB, whole = self._pooled_TBC, True
         fan_out = self._fan_out(name, layer, tuple(x_TB.shape[2:]))
@@ -158,6 +160,10 @@ class ActivityMeter:
         if key not in self._whole:
             self._whole[key] = bool((x == x.round()).all())
         return self._whole[key]
+
+    def _is_input(self, x: Tensor) -> bool:
+        """Whether x are the frames themselves: counts of events, which are multiplied."""
+        return self._frames is not None and x.shape == self._frames.shape and torch.equal(x, self._frames)
 
     def _fan_out(self, name: str, layer: nn.Conv2d | nn.Linear, shape: tuple[int, ...]) -> Tensor:
         """How many products each input takes part in: `[C, H, W]` or `[C]`."""

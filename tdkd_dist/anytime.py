@@ -24,7 +24,7 @@ from tdkd_dist.data.crops import CropRule
 from tdkd_dist.data.folder_reader import follow
 from tdkd_dist.data.frames import FrameRule
 from tdkd_dist.data.normalise import Normalise, as_input
-from tdkd_dist.data.sources.source import decode_image
+from tdkd_dist.data.sources.source import decode_image, one_line
 from tdkd_dist.files import write_json
 from tdkd_dist.losses import ensembles
 from tdkd_dist.mistakes import Mistake, require
@@ -278,8 +278,11 @@ class AnytimeStudent:
         bf16: bool = False,
     ) -> None:
         require(isinstance(model, SpikingNet), f"{type(model).__name__}: no spiking student, it has no timesteps")
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
+        try:
+            self.device = torch.device(device)
+            self.model = model.to(self.device).eval()
+        except (RuntimeError, AssertionError) as error:  # torch built without it says so by assertion
+            raise Mistake(f"device={device}: cannot be used here: {one_line(error)}") from error
         self.exit = exit
         self.num_timesteps = num_timesteps or (exit and exit.num_timesteps) or model.num_timesteps
         shown = model.default_cfg
@@ -291,8 +294,7 @@ class AnytimeStudent:
         self._bf16 = bf16
         if compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
-        step = torch.compile(model.step, dynamic=False) if compiled else None
-        self._stepper = Stepper(model, step=step, buckets=compiled)
+        self._step = torch.compile(model.step, dynamic=False) if compiled else None
 
     @classmethod
     def load(cls, path: str | Path, exit: str | Path | None = None, **options: Any) -> "AnytimeStudent":
@@ -311,7 +313,7 @@ class AnytimeStudent:
         validation. Raises `Mistake`, naming it, for a picture that cannot be read.
         """
         with self._precision():
-            return decide(self._stepper, self.prepare(images), self.exit, self.num_timesteps)
+            return decide(self._stepper(), self.prepare(images), self.exit, self.num_timesteps)
 
     @torch.no_grad()
     def all_logits(self, images: Any) -> Tensor:
@@ -327,13 +329,17 @@ class AnytimeStudent:
 
     def stream(self, images: Any) -> Iterator[Tensor]:
         """The ensemble's logits `[B, K]` after t = 1, 2, ..., to stop when one likes; `images` as for a call."""
-        means = stream(self._stepper, self.prepare(images), self.num_timesteps)
+        means = stream(self._stepper(), self.prepare(images), self.num_timesteps)
         while True:
             with self._precision():
                 mean_BK = next(means, None)
             if mean_BK is None:
                 return
             yield mean_BK
+
+    def _stepper(self) -> Stepper:
+        """One for each call: a stream that is still being asked has its own state."""
+        return Stepper(self.model, step=self._step, buckets=self._step is not None)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)

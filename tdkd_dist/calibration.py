@@ -49,6 +49,11 @@ def calibrate(
     """
     T, B, _ = logits_TBK.shape
     require((max_drop is None) != (mean_timesteps is None), "give either max_drop or mean_timesteps")
+    require(max_drop is None or abs(max_drop) <= 100, f"max_drop={max_drop}: must be points of accuracy, at most 100")
+    require(
+        mean_timesteps is None or mean_timesteps < float("inf"),
+        f"mean_timesteps={mean_timesteps}: must be a number of timesteps",
+    )
     require(
         len(labels_B) == B and B > 0, f"{B} samples and {len(labels_B)} labels: as many are wanted, and one at least"
     )

@@ -28,18 +28,18 @@ class NeuronConfig(Section):
     """The membrane potential from which on a neuron fires."""
     v_reset: float | None = limited(None, "[-1000, 1000]")
     """None: soft reset (subtract the threshold); a number: hard reset to it."""
-    v_init: float | int | Literal["learned"] | None = limited(None, "[-1000, 1000]")
-    """The membrane potential that every image starts from; None: the reset value. `learned`: each channel of each layer
-    learns its own, starting from the reset value (Shen et al., NeurIPS 2024)."""
-    first_scale: float | int | Literal["learned"] | None = limited(None, "[0, 100]")
-    """What the first timestep's current is multiplied by, since the later ones find membranes that like currents have
-    charged; None: 1. `learned`: each channel of each layer learns its own, starting from 1."""
     surrogate: Literal["sigmoid", "atan", "rectangle", "triangle"] = "sigmoid"
     """The shape of the gradient that stands in for the spike's."""
     surrogate_alpha: float | None = limited(None, "> 0", most=1000)
     """Slope of the surrogate gradient; None: the surrogate's own default (sigmoid 4, atan 2, the others 1)."""
     detach_reset: bool = False
     """Stop the gradient through the spike in the reset."""
+    v_init: float | int | Literal["learned"] | None = limited(None, "[-1000, 1000]")
+    """The membrane potential that every image starts from; None: the reset value. `learned`: each channel of each layer
+    learns its own, starting from the reset value (Shen et al., NeurIPS 2024)."""
+    first_scale: float | int | Literal["learned"] | None = limited(None, "[0, 100]")
+    """What the first timestep's current is multiplied by, since the later ones find membranes that like currents have
+    charged; None: 1. `learned`: each channel of each layer learns its own, starting from 1."""
 
     def check_together(self, found: Mistakes) -> None:
         """What concerns several keys of the section."""

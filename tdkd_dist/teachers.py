@@ -118,7 +118,7 @@ def create_teacher(
     size = known["input_size"][-2:] if known.get("fixed_input_size", False) else None
     size = size if config.image_size is None else (config.image_size, config.image_size)
     student_mean, student_std = data.normalisation(in_chans)
-    mean, std, note = _own_normalisation(config, model, (student_mean, student_std))
+    mean, std, note = _own_normalisation(config, data, model, (student_mean, student_std))
     teacher = Teacher(
         model, student_mean=student_mean, student_std=student_std, mean=mean, std=std, input_size=size, classes=chosen
     )
@@ -165,13 +165,19 @@ def choose_classes(config: TeacherConfig, own: int, num_classes: int, class_name
 
 
 def _own_normalisation(
-    config: TeacherConfig, model: nn.Module, students: tuple[Sequence[float], Sequence[float]]
+    config: TeacherConfig, data: DataConfig, model: nn.Module, students: tuple[Sequence[float], Sequence[float]]
 ) -> tuple[Sequence[float], Sequence[float], str]:
     """Mean and standard deviation of what the teacher reads, and who says so."""
     said = (read_metadata(config.checkpoint) or {}).get("student", {}) if config.checkpoint is not None else {}
-    random = config.checkpoint is None and not config.pretrained
+    counts = data.frames is not None
+    if counts and data.frame_choice == "regroup" and said.get("frames", data.frames) != data.frames:
+        # A group's frame is a sum: the fewer there are, the more is in each, and in their mean.
+        times = said["frames"] / data.frames
+        note = f"a frame has {times:g} times the events of those it was trained on, and is divided by that"
+        return students[0], tuple(times * s for s in students[1]), note
     cfg = timm.get_pretrained_cfg(config.name)
-    timms: dict[str, Any] = {} if random else vars(cfg) if cfg is not None else getattr(model, "default_cfg", {})
+    timms: dict[str, Any] = vars(cfg) if cfg is not None else getattr(model, "default_cfg", {})
+    timms = {} if config.is_random else timms
     for source, found in (
         ("teacher.mean and teacher.std", {"mean": config.mean, "std": config.std}),
         ("its file's", said),

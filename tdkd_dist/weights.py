@@ -10,7 +10,8 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tdkd_dist.config import StudentConfig
+from tdkd_dist.config import DataConfig, StudentConfig
 from tdkd_dist.files import whole
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.neurons import NeuronConfig
 from tdkd_dist.students import create_student
 from tdkd_dist.students.outside import is_outside
+from tdkd_dist.students.resnet import CIFAR10, CIFAR100
 
 WRAPPERS = ("state_dict", "model", "net", "model_state_dict", "network")
 """Keys under which training programs put a network's tensors."""
@@ -125,16 +127,9 @@ def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) ->
     metadata = read_metadata(path)
     if metadata is None:
         raise Mistake(f"{path}: holds no student's configuration; tools/import_weights.py writes files that do")
-    description = metadata["student"]
-    try:
-        shown = {key: tuple(description.pop(key)) for key in ("input_size", "mean", "std")}
-        shown |= {key: description.pop(key) for key in FURTHER if key in description}
-        student = StudentConfig(**description | {"neuron": NeuronConfig(**description["neuron"])})
+    with _understood(path):
+        student, shown = _as_saved(metadata["student"])
         model = create_student(student, allow_import=allow_import)
-    except Mistake as mistake:
-        raise Mistake(f"{path}: {mistake}") from mistake
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise Mistake(f"{path}: its student's configuration is not this version's: {error}") from error
     load_weights(model, path, "student.checkpoint")
     model.default_cfg = model.pretrained_cfg = {  # type: ignore[assignment]
         **getattr(model, "default_cfg", {}),
@@ -142,6 +137,54 @@ def load_student(path: str | os.PathLike[str], *, allow_import: bool = False) ->
         "num_classes": student.num_classes,
     }
     return model.eval()
+
+
+def evaluated(student: StudentConfig) -> tuple[StudentConfig, str | None]:
+    """What evaluates `student.checkpoint`, and a line that says what of `student` that is not.
+
+    Much of a student is in no tensor: it is what the file says, at `student`'s number of timesteps. A file that says
+    nothing, or is not there, leaves `student` as it is. Raises `Mistake` for an unreadable one, and for one of a
+    student from outside the package, unless `student` names it: it would be imported.
+    """
+    path = student.checkpoint
+    metadata = read_metadata(path) if path is not None and os.path.isfile(path) else None
+    if path is None or metadata is None:
+        return student, None
+    with _understood(path):
+        saved, _ = _as_saved(metadata["student"])
+        if is_outside(saved.model) and saved.model != student.model:
+            raise Mistake(f"is of {saved.model}; set student.model={saved.model} to import it")
+    kept = {key: getattr(student, key) for key in ("checkpoint", "num_timesteps")}
+    found = dataclasses.replace(saved, **kept)
+    given, used = _without_defaults(student), _without_defaults(found)
+    differ = [f"{key}={used[key]} and not {given[key]}" for key in used if used[key] != given[key]]
+    return found, f"student.checkpoint={path} is evaluated as it was trained: {', '.join(differ)}" if differ else None
+
+
+def _without_defaults(student: StudentConfig) -> dict[str, Any]:
+    """What evaluation depends on, by key."""
+    neuron = dataclasses.replace(student.neuron, surrogate="sigmoid", surrogate_alpha=None, detach_reset=False)
+    found = dataclasses.asdict(dataclasses.replace(student, neuron=neuron, drop_path=0, zero_init_last=None))
+    return {k: v for k, v in found.items() if k != "neuron"} | {f"neuron.{k}": v for k, v in found["neuron"].items()}
+
+
+def _as_saved(description: Mapping[str, Any]) -> tuple[StudentConfig, dict[str, Any]]:
+    """A file's student, and what its images and answers are."""
+    rest = dict(description)
+    shown: dict[str, Any] = {key: tuple(rest.pop(key)) for key in ("input_size", "mean", "std")}
+    shown |= {key: rest.pop(key) for key in FURTHER if key in rest}
+    return StudentConfig(**rest | {"neuron": NeuronConfig(**rest["neuron"])}), shown
+
+
+@contextmanager
+def _understood(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever is wrong with what a file says of its student names the file."""
+    try:
+        yield
+    except Mistake as mistake:
+        raise Mistake(f"{path}: {mistake}") from mistake
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise Mistake(f"{path}: its student's configuration is not this version's: {error}") from error
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str], key: str) -> None:
@@ -274,8 +317,11 @@ def import_student(
     student: StudentConfig,
     *,
     decay_input: bool = False,
+    data: DataConfig | None = None,
 ) -> str:
     """Write at `dest` a student's file from `source`; return a line that says what was taken.
+
+    Its images are `data`'s, or else of the size, mean and std that the model was made for.
 
     `official`: a checkpoint of the released code (its `best_net`); `spikingjelly`: a state dict of its SEWResNet or
     MSResNet; both must fit exactly. `timm`: a ReLU ResNet, a file or a timm name with pretrained weights, as the
@@ -295,10 +341,22 @@ def import_student(
             tensors = convert_spikingjelly(tensors, student, decay_input)
         fit(model, tensors, f"source={source}")
         taken = f"took all {len(tensors)} tensors"
-    shown: Mapping[str, Any] = model.default_cfg  # type: ignore[assignment]
-    size = (student.in_chans, *shown["input_size"][1:])
-    save_student(dest, model.state_dict(), student, input_size=size, mean=shown["mean"], std=shown["std"])
+    save_student(dest, model.state_dict(), student, **_images(model, student, data))
     return f"{dest}: {student.model} from {source}: {taken}"
+
+
+def _images(model: nn.Module, student: StudentConfig, data: DataConfig | None) -> dict[str, Any]:
+    """What `save_student` is told of an imported student's images."""
+    if data is not None:
+        mean, std = data.normalisation(student.in_chans)
+        found = {"mean": mean, "std": std, "crop_pct": data.crop_pct}
+        found |= {"frames": data.frames, "frame_choice": data.frame_choice}
+        return found | {"input_size": (student.in_chans, data.image_size, data.image_size)}
+    cfg: Mapping[str, Any] = model.default_cfg  # type: ignore[assignment]
+    if student.num_classes == 100 and cfg["mean"] == CIFAR10["mean"]:
+        cfg = {**cfg, **CIFAR100}
+    size = (student.in_chans, *cfg["input_size"][1:])
+    return {"input_size": size, "mean": cfg["mean"], "std": cfg["std"], "crop_pct": cfg.get("crop_pct")}
 
 
 def _pretrained(name: str) -> dict[str, Tensor]:

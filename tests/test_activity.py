@@ -94,6 +94,8 @@ def test_frames_pass_the_stem_at_every_timestep():
     frames = torch.randn(B, 3, 32, 32).expand(T, -1, -1, -1, -1)
     row = measure(model, [frames])
     assert row["macs_t3"] == pytest.approx(3 * row["macs_t1"], rel=1e-12)
+    counts = measure(model, [torch.randint(0, 3, frames.shape).float()])  # whole numbers, but no spikes
+    assert [counts[f"macs_t{t}"] for t in (1, 2, 3)] == [row[f"macs_t{t}"] for t in (1, 2, 3)]
 
 
 def test_real_values_are_multiplied_in_the_paper_s_backbone():

@@ -224,9 +224,28 @@ def test_it_stops_or_streams_in_the_files_own_normalisation(weights, tmp_path):
 def test_membranes_stay_in_fp32_under_bf16(weights):
     shown = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     anytime = AnytimeStudent.load(weights, bf16=True)
-    anytime(shown)
-    state = anytime._stepper._state
+    stepper = anytime._stepper()
+    with anytime._precision():
+        decide(stepper, anytime.prepare(shown), None, T)
+    state = stepper._state
     assert {value.dtype for name, value in state.items() if name != INPUT} == {torch.float32}
+
+
+def test_streams_do_not_disturb_each_other(weights):
+    one, other = torch.randint(0, 256, (2, 4, 3, 16, 16), dtype=torch.uint8)
+    anytime = AnytimeStudent.load(weights)
+    want = list(anytime.stream(one))
+    first, second = anytime.stream(one), anytime.stream(other)
+    for t in range(T):
+        assert torch.equal(next(first), want[t])
+        next(second)
+        anytime(other)
+
+
+@pytest.mark.parametrize("device", ["tpu", "nonsense", "cuda:99"])
+def test_a_device_that_is_not_here(device, weights):
+    with pytest.raises(Mistake, match=f"^device={device}: cannot be used here: [^\n]*$"):
+        AnytimeStudent.load(weights, device=device)
 
 
 @pytest.mark.parametrize(

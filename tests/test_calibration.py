@@ -138,6 +138,15 @@ def test_falling_thresholds_need_fewer_timesteps_for_the_same_bound(kind):
     assert falling.calibration["mean_timesteps"] < constant.calibration["mean_timesteps"]
 
 
+@pytest.mark.parametrize(
+    "aim",
+    [{"max_drop": float("nan")}, {"max_drop": 101}, {"mean_timesteps": float("nan")}, {"mean_timesteps": float("inf")}],
+)
+def test_an_aim_that_is_none(aim):
+    with pytest.raises(Mistake, match=f"^{next(iter(aim))}="):
+        calibrate(*draw(0, 20), "confidence", **aim)
+
+
 @pytest.mark.parametrize("fall", [0.0, -1.0, 1.5, float("nan")])
 def test_what_thresholds_cannot_fall_by(fall):
     with pytest.raises(Mistake, match="fall="):

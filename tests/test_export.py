@@ -181,6 +181,11 @@ def neuron_node(config: NeuronConfig, size: int) -> nir_library.LIF:
     return graph._neuron(SpikingNeuron(config, 1), (size,))
 
 
+def test_a_leak_of_nothing_is_none():
+    config = NeuronConfig("lif", decay=1.0, v_reset=0.0)
+    assert isinstance(neuron_node(config, 7), nir_library.IF)
+
+
 def test_a_neuron_that_meets_its_threshold_fires_as_ours(tmp_path):
     below = nir.build(plain.fold_batch_norms(lively("sew_resnet8", HARD))).nodes["sn1"].v_threshold
     assert (below < 1).all()

@@ -270,6 +270,11 @@ def test_a_file_knows_its_frames(tmp_path):
     shown = {"input_size": (2, 32, 32), "mean": (0, 0), "std": (1, 1)}
     save_student(tmp_path / "s.safetensors", net.state_dict(), config, frames=4, frame_choice="regroup", **shown)
     loaded = load_student(tmp_path / "s.safetensors")
+    frames, state = torch.randint(0, 4, (4, 3, 2, 32, 32)).float(), None
+    with torch.no_grad():
+        for frame, want in zip(frames, loaded(frames), strict=True):  # each step looks at its own frame, untold
+            logits, state = loaded.step(frame, state)
+            torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
     assert loaded.default_cfg["frames"] == 4
     anytime = AnytimeStudent.load(tmp_path / "s.safetensors")
     assert anytime.frames == FrameRule(4, "regroup", 32)

@@ -24,6 +24,7 @@ def run(code: str) -> str:
         "import tdkd_dist; print(hasattr(tdkd_dist.students, 'create_student'))",
         "import tdkd_dist, importlib.util; importlib.util.find_spec('timm'); import timm;"
         " print(timm.is_model('sew_resnet34'))",
+        "import tdkd_dist; print(hasattr(tdkd_dist.anytime, 'AnytimeStudent'))",
         "from tdkd_dist.students import create_student; import timm; print(timm.is_model('ms_resnet18'))",
         "from tdkd_dist.batch_norm import synchronise; import timm; print(timm.is_model('sew_resnet34'))",
     ],

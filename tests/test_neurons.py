@@ -310,3 +310,8 @@ def test_the_slope_scales_the_surrogate(surrogate):
     u = torch.linspace(-0.4, 0.4, 9, dtype=torch.float64)
     derivative = neurons.SURROGATES[surrogate]
     torch.testing.assert_close(derivative(u / 2, 2.0, None), 2 * derivative(u, 1.0, None))
+
+
+def test_constants_may_be_given_in_order():
+    config = NeuronConfig("lif", 0.5, 1.0, None, "atan", 3.0, True)
+    assert (config.surrogate, config.slope, config.detach_reset) == ("atan", 3.0, True)

@@ -2,10 +2,15 @@
 
 import pytest
 import submit
+from pictures import picture
 
 from tdkd_dist.cluster import preflight
+from tdkd_dist.config import StudentConfig
 from tdkd_dist.mistakes import Mistake
+from tdkd_dist.neuron_config import NeuronConfig
 from tdkd_dist.recipe import load_config
+from tdkd_dist.students import create_student
+from tdkd_dist.weights import save_student
 
 WRONG = {
     "data.train=/none/a.beton": "data.train=/none/a.beton: no such file",
@@ -70,3 +75,21 @@ def test_a_sweep_tells_each_mistake_once(monkeypatch):
     with pytest.raises(Mistake) as caught:
         preflight.check_all(configs, cluster="local")
     assert caught.value.lines == ["loss.beta=0.0: no", "data.val=x: no such file", "loss.beta=1.0: no"]
+
+
+def test_pictures_are_in_colour(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        picture(0, 24, 24).save(tmp_path / name / "x.png")
+    settings = ["data.format=imagefolder", "loss.alpha=0", "train.batch_size=2", "student.in_chans=1"]
+    data = [f"data.{split}={tmp_path}" for split in ("train", "val")]
+    with pytest.raises(Mistake, match=r"^student.in_chans=1: pictures are read in colour, grey ones too; make it 3"):
+        preflight.check(load_config("fashion_sew", [*settings, *data]), cluster="local")
+
+
+def test_a_file_is_checked_as_it_will_be_evaluated(tmp_path):
+    student = StudentConfig("sew_resnet8", num_classes=10, num_timesteps=4, neuron=NeuronConfig("plif"))
+    state, images = create_student(student).state_dict(), {"input_size": (3, 28, 28), "mean": (0,) * 3, "std": (1,) * 3}
+    save_student(tmp_path / "plif.safetensors", state, student, **images)
+    settings = ["train.epochs=0", f"student.checkpoint={tmp_path}/plif.safetensors"]
+    preflight.check(load_config("fashion_sew", settings), cluster="local", dry_run=True)

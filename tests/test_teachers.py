@@ -7,8 +7,10 @@ import timm
 import torch
 
 from tdkd_dist.config import DataConfig, StudentConfig, TeacherConfig
+from tdkd_dist.data.frames import choose
 from tdkd_dist.data.normalise import Normalise
 from tdkd_dist.mistakes import Mistake
+from tdkd_dist.students import create_student
 from tdkd_dist.teachers import Teacher, check_name, check_pretrained_classes, create_teacher, fetch_weights
 from tdkd_dist.weights import save_student
 
@@ -153,6 +155,24 @@ def test_weights_from_a_file_are_fed_in_the_model_s_own_normalisation(tmp_path):
     assert note == "normalised as the data is"
     with pytest.raises(Mistake, match=r"teacher\.mean and teacher\.std: set both"):
         TeacherConfig(name="resnet10t", mean=(0.5, 0.5, 0.5))
+
+
+def test_a_group_of_frames_is_the_sum_of_those_that_the_teacher_knows(tmp_path):
+    """One of ten frames' mean, and a student of four sums of them: their mean is 2.5 times as dense."""
+    config, path = StudentConfig("cifar_resnet18", num_classes=5, in_chans=2), tmp_path / "t.safetensors"
+    network = create_student(config).eval()
+    shown = {"input_size": (2, 32, 32), "mean": (0.0, 0.0), "std": (1.0, 1.0), "frames": 10}
+    save_student(path, network.state_dict(), config, **shown)
+    counts = torch.randint(0, 5, (3, 10, 2, 32, 32)).float()
+    found = {}
+    for frames, choice in ((4, "regroup"), (10, "regroup"), (4, "first")):
+        data = DataConfig(frames=frames, frame_choice=choice, image_size=32, crop="none")
+        teacher = create_teacher(TeacherConfig("cifar_resnet18", str(path)), data, num_classes=5, in_chans=2)
+        teacher.model.register_forward_pre_hook(lambda _, x, key=(frames, choice): found.update({key: x[0]}))
+        teacher(choose(counts, frames, choice))
+    torch.testing.assert_close(found[4, "regroup"], counts.mean(1))
+    assert torch.equal(found[10, "regroup"], counts.mean(1))
+    assert torch.equal(found[4, "first"], counts[:, :4].mean(1))
 
 
 def test_without_a_network_the_user_is_told_what_to_do(tmp_path, monkeypatch):

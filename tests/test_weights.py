@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -23,8 +24,9 @@ import tdkd_dist.weights
 from tdkd_dist.config import StudentConfig
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.neurons import NeuronConfig
+from tdkd_dist.recipe import load_config
 from tdkd_dist.students import create_student
-from tdkd_dist.weights import load_student, load_weights, read_metadata, save_student
+from tdkd_dist.weights import evaluated, load_student, load_weights, read_metadata, save_student
 
 SMALL = {"num_classes": 5, "num_timesteps": 3, "width": 8}
 SHOWN = {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -106,6 +108,73 @@ def test_a_student_comes_back(config, tmp_path):
     assert "checkpoint" not in described
     if hasattr(net, "neuron"):
         assert again.neuron == NeuronConfig(**described["neuron"])
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "says"),
+    [
+        ({"connect": "IAND"}, "connect=IAND and not None"),
+        ({"neuron": NeuronConfig(decay=0.9, threshold=0.5, v_reset=0.0)}, "neuron.decay=0.9 and not 0.5"),
+        ({"neuron": NeuronConfig("plif")}, "neuron.kind=plif and not lif"),
+        ({"first_statistics": True}, "first_statistics=True and not False"),
+        ({"model": "spiking_resnet18"}, "model=spiking_resnet18 and not sew_resnet8"),
+        ({}, None),
+        ({"neuron": NeuronConfig(surrogate="atan"), "drop_path": 0.2}, None),  # nothing of evaluation
+    ],
+)
+def test_a_file_is_evaluated_as_it_was_trained(trained_with, says, tmp_path):
+    path = str(tmp_path / "x.safetensors")
+    config = StudentConfig(**{"model": "sew_resnet8", **SMALL} | trained_with)
+    save_student(path, trained(config).state_dict(), config, **SHOWN)
+    section = StudentConfig("sew_resnet8", checkpoint=path, **SMALL | {"num_timesteps": 5})
+    found, note = evaluated(section)
+    assert (found.num_timesteps, found.checkpoint) == (5, path)
+    net, want = create_student(found), load_student(path)
+    load_weights(net, path, "student.checkpoint")
+    want.set_num_timesteps(5)
+    with torch.no_grad():
+        assert torch.equal(net.eval()(images()), want(images()))
+    assert note is None if says is None else says in note
+
+
+def test_what_says_nothing_of_its_student_is_the_recipes(student, tmp_path):
+    config, net = student
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    for path in (None, "nowhere.safetensors", str(tmp_path / "x.pth")):
+        section = dataclasses.replace(config, checkpoint=path)
+        assert evaluated(section) == (section, None)
+
+
+def test_a_file_to_evaluate_imports_nothing_by_itself(student, tmp_path):
+    config, net = student
+    path = tmp_path / "x.safetensors"
+    save_student(path, net.state_dict(), dataclasses.replace(config, model="os.path:join"), **SHOWN)
+    with pytest.raises(Mistake, match=r"x.safetensors: is of os.path:join; set student.model=os.path:join to import"):
+        evaluated(dataclasses.replace(config, checkpoint=str(path)))
+
+
+def test_imported_students_know_their_images(tmp_path):
+    """The networks for small images are fed as CIFAR-10 is, or CIFAR-100; a recipe says everything."""
+    source, dest = tmp_path / "net.pth", tmp_path / "x.safetensors"
+
+    def imported(classes: int, *pairs: str, **options: int) -> dict:
+        config = StudentConfig("spiking_resnet18", num_classes=classes, width=8, **options)
+        torch.save(create_student(config).state_dict(), source)
+        done = tool(source, dest, "--format=official", f"num_classes={classes}", "width=8", *pairs)
+        assert done.returncode == 0, done.stderr
+        return load_student(dest).default_cfg
+
+    cifar10, cifar100 = (load_config(f"cifar{k}_resnet18", []).data for k in (10, 100))
+    for classes, data in ((10, cifar10), (100, cifar100)):
+        shown = imported(classes, "model=spiking_resnet18")
+        assert shown["mean"] == pytest.approx(data.mean)
+        assert shown["std"] == pytest.approx(data.std)
+        assert shown["crop_pct"] == data.crop_pct == 1
+    shown = imported(10, "recipe=cifar10dvs_resnet18", in_chans=2, num_timesteps=10)
+    assert (shown["input_size"], shown["mean"], shown["frames"]) == ((2, 48, 48), (0, 0), 10)
+    wrong = tool(source, dest, "--format=official", "recipe=cifar10dvs_resnet18", "widht=8")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+    assert "student.widht" in wrong.stderr
 
 
 def test_a_learned_leak_may_be_a_scalar_in_the_file(tmp_path):

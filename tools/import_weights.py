@@ -7,7 +7,8 @@
     python tools/import_weights.py resnet34.tv_in1k init.safetensors --format timm model=sew_resnet34
 
 The key=value arguments are those of a recipe's `student:` section, and `decay_input` (spikingjelly's own default is
-true). What was trained with other constants than these says nothing: give the ones of the training.
+true). What was trained with other constants than these says nothing: give the ones of the training. With `recipe=NAME`
+its student is the start, and the file says that its images are the recipe's: size, mean, std, crop, frames.
 """
 
 import difflib
@@ -16,6 +17,7 @@ import sys
 from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.config import StudentConfig, flatten
 from tdkd_dist.mistakes import Mistake
+from tdkd_dist.recipe import load_config
 from tdkd_dist.weights import import_student
 
 
@@ -56,10 +58,16 @@ def convert(arguments: list[str] | None) -> None:
     decay_input = [text for text in options.student if text.startswith("decay_input=")]
     if any(text not in ("decay_input=true", "decay_input=false") for text in decay_input):
         raise Mistake(f"{decay_input[0]}: must be true or false")
-    student = parse_student([text for text in options.student if text not in decay_input])
+    pairs = [text for text in options.student if text not in decay_input]
+    recipes = [text.partition("=")[2] for text in pairs if text.startswith("recipe=")]
+    if recipes:
+        config = load_config(recipes[-1], [f"student.{text}" for text in pairs if not text.startswith("recipe=")])
+        student, data = config.student, config.data
+    else:
+        student, data = parse_student(pairs), None
     decays = "decay_input=true" in decay_input
     try:
-        print(import_student(options.source, options.dest, options.format, student, decay_input=decays))
+        print(import_student(options.source, options.dest, options.format, student, decay_input=decays, data=data))
     except OSError as error:
         raise Mistake(f"{options.dest}: {error.strerror}") from error
 

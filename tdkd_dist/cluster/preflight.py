@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import timm.optim
@@ -20,7 +20,7 @@ from tdkd_dist.mistakes import Mistake, Mistakes, require
 from tdkd_dist.students import choose_recomputed, create_student, is_spiking
 from tdkd_dist.students.outside import is_outside
 from tdkd_dist.teachers import check_name, check_pretrained_classes, create_teacher, fetch_weights
-from tdkd_dist.weights import load_weights, read_tensors
+from tdkd_dist.weights import evaluated, load_weights, read_tensors
 
 
 @dataclass
@@ -52,6 +52,9 @@ def check(config: Config, *, cluster: str, dry_run: bool = False) -> Findings:
     and lists what is merely absent (files, GPUs) instead of raising; what is here is checked all the same.
     """
     found, mistakes = Findings(), Mistakes()
+    with mistakes.gathered():
+        if config.train.epochs == 0:
+            config = replace(config, student=evaluated(config.student)[0])
     with mistakes.gathered():
         _check_machine(config, cluster, found, dry_run)
     if config.train.epochs > 0:
@@ -147,6 +150,10 @@ def _check_data(config: Config, split: str, found: Findings, dry_run: bool) -> i
         found.class_names = info.class_names
         samples, classes = info.num_samples, max(info.num_classes or 0, info.largest_label + 1)
         found.data[split] = info.signature
+    require(
+        config.data.frames is not None or config.student.in_chans == 3,
+        f"student.in_chans={config.student.in_chans}: pictures are read in colour, grey ones too; make it 3",
+    )
     require(
         classes <= config.student.num_classes,
         f"{key}={path} has {classes} classes and student.num_classes is {config.student.num_classes}",

@@ -1,4 +1,7 @@
-"""What readers and loaders hand out."""
+"""What readers and loaders hand out.
+
+Shapes: B images, C channels, H and W pixels.
+"""
 
 from typing import NamedTuple
 

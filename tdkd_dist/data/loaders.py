@@ -4,6 +4,8 @@ The order of an epoch is one permutation of the whole set, a function of (seed, 
 B takes its elements s*B to (s+1)*B; a rank takes one contiguous slice of these, and cuts it into micro-batches. So two
 ranks see exactly the micro-batches that one rank with twice the accumulation sees. Augmentation is a function of
 (seed, epoch, sample index), see `crops`.
+
+Shapes: B images, C channels, H and W pixels.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""Mixup and cutmix of whole micro-batches, on the device (Zhang et al. 2018, Yun et al. 2019); timm's."""
+"""Mixup and cutmix of whole micro-batches, on the device (Zhang et al. 2018, Yun et al. 2019); timm's.
+
+Shapes: B images, C channels, H and W pixels, K classes.
+"""
 
 import numpy as np
 from timm.data import Mixup

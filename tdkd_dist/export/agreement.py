@@ -120,7 +120,7 @@ def _validation_set(path: Path) -> Path | None:
         return None
     try:
         source = read_config(config).data.val
-    except Mistake:
+    except (Mistake, ModuleNotFoundError):  # reading it takes the extra `train`
         return None
     return Path(source) if source is not None and Path(source).exists() else None
 

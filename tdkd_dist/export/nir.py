@@ -195,9 +195,9 @@ class _Graph:
         assert config.v_reset is not None
         v_r, threshold = (self._full(shape, v) for v in (config.v_reset, config.threshold))
         below = np.nextafter(threshold, -np.inf, dtype=self._dtype)
-        if config.kind == "if":
-            return nir.IF(self._full(shape, 1 / self._dt), below, v_r)
         forgotten = 1 - float(neuron.decay)
+        if forgotten == 0:
+            return nir.IF(self._full(shape, 1 / self._dt), below, v_r)
         return nir.LIF(self._full(shape, self._dt / forgotten), self._full(shape, 1 / forgotten), v_r, below, v_r)
 
     def _gate(self, shape: tuple[int, ...], threshold: float) -> Any:

@@ -1,4 +1,7 @@
-"""The report's tables as rows of text, and rows of text as Markdown, LaTeX or HTML."""
+"""The report's tables as rows of text, and rows of text as Markdown, LaTeX or HTML.
+
+Shapes: S seeds, T timesteps.
+"""
 
 import math
 from collections.abc import Callable, Sequence

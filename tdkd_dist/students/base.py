@@ -95,13 +95,15 @@ class SpikingNet(nn.Module):
         """Feature maps `[T, B, C, H, W]`, before pooling."""
         raise NotImplementedError
 
-    def step(self, images: Tensor, state: State | None = None, *, frame: bool = False) -> tuple[Tensor, State]:
+    def step(self, images: Tensor, state: State | None = None, *, frame: bool | None = None) -> tuple[Tensor, State]:
         """One timestep: logits `[B, K]` and the state after it, for images `[B, C, H, W]`; `state` None: the start.
 
         T steps give what `forward` gives in eval mode. What is the same at every step is computed in the first and
-        kept in the state, so that later steps look at `state` alone; with `frame`, `images` is this step's frame. The
-        state is a dict of tensors `[B, ...]`, whose rows can be selected.
+        kept in the state, so that later steps look at `state` alone; with `frame`, `images` is this step's frame (None:
+        if the student's file says that it was trained on frames). The state is a dict of tensors `[B, ...]`, whose rows
+        can be selected.
         """
+        frame = "frames" in getattr(self, "default_cfg", {}) if frame is None else frame
         neurons = {name: m for name, m in self.named_modules() if isinstance(m, SpikingNeuron)}
         after = {} if frame else {INPUT: self.prepare(images) if state is None else state[INPUT]}
         first = None if state is None else state.get(FIRST)

@@ -20,8 +20,10 @@ from tdkd_dist.students.base import SpikingNet
 Block = Callable[[int, int, int, float], "ResidualBlock"]
 """Builds a block from input channels, width, stride and drop-path rate."""
 
-CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "num_classes": 10}
+CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "crop_pct": 1.0, "num_classes": 10}
 """What timm's `default_cfg` says of the networks for CIFAR-10."""
+CIFAR100 = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
+"""What it would say of them for CIFAR-100 (Yu et al. 2025, released code)."""
 
 
 class ResidualBlock(nn.Module):

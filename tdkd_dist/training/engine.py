@@ -1,6 +1,8 @@
 """DeepSpeed data parallelism for one student: backward, all-reduce, optimiser step, schedule, EMA and their state.
 
 The only file that knows DeepSpeed. Its launcher is not used: the process group exists already (`distributed.start`).
+
+Shapes: B images, C channels, H and W pixels.
 """
 
 import inspect

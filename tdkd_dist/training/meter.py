@@ -1,4 +1,7 @@
-"""The training loop's numbers: loss terms, accuracy after every timestep, speed, memory and waiting for data."""
+"""The training loop's numbers: loss terms, accuracy after every timestep, speed, memory and waiting for data.
+
+Shapes: T timesteps, B images, K classes.
+"""
 
 import resource
 import time

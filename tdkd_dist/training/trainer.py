@@ -5,7 +5,7 @@ Shapes: T timesteps, B batch, C channels, H and W pixels, K classes.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from tdkd_dist.training.guard import StepGuard
 from tdkd_dist.training.meter import TrainMeter
 from tdkd_dist.training.rank import Place, Run
 from tdkd_dist.training.step import TrainStep
-from tdkd_dist.weights import load_weights, read_metadata
+from tdkd_dist.weights import evaluated, load_weights, read_metadata
 
 
 def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, should_stop: Callable[[], bool]) -> bool:
@@ -48,6 +48,11 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
     torch.backends.cudnn.benchmark = True
     log = Log(folder.log_file, speaks=place.rank == 0)
     log.take_over_logging()
+    if config.train.epochs == 0:
+        student_section, note = evaluated(config.student)
+        config = replace(config, student=student_section)
+        if note:
+            log.say(note)
     opening = partial(heartbeat.beat, "opening data", 0)
     opening()
     validation = make_val_loader(
@@ -299,7 +304,7 @@ class Trainer:
                 "teacher/ece": found["ece"][0],
             }
         )
-        if found["top1"][0] < config.min_top1:
+        if found["top1"][0] < config.min_top1 and not config.is_random:
             raise Mistake(
                 f"teacher.min_top1={config.min_top1}: teacher {config.name} reaches {found['top1'][0]:.2f} % on"
                 " data.val; check its weights, the order of the classes and data.image_size"
@@ -339,7 +344,7 @@ def _build_teacher(parts: Run) -> Teacher | None:
     config, place = parts.config, parts.place
     if not config.needs_teacher:
         return None
-    if config.teacher.checkpoint is None and not config.teacher.pretrained:
+    if config.teacher.is_random:
         parts.log.say(f"warning: teacher {config.teacher.name} has random weights (teacher.pretrained=false)")
     teacher = create_teacher(
         config.teacher,

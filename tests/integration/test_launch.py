@@ -73,7 +73,7 @@ def imagenet(folder) -> list[str]:
         f"recipe=imagenet_sew34 data.train={folder}/train.beton data.val={folder}/val.beton train.max_steps=3"
         " data.image_size=64 train.batch_size=8 launcher.gpus_per_node=0 launcher.tasks_per_node=2"
         " train.activation_budget=0.7"
-        f" teacher.pretrained=false teacher.min_top1=0 run.dir={folder}/imagenet"
+        f" teacher.pretrained=false teacher.min_top1=99 run.dir={folder}/imagenet"
     ).split()
 
 
@@ -125,9 +125,14 @@ def test_the_imagenet_recipe_runs_on_two_cpu_ranks_and_is_finished_once(imagenet
         "train.epochs=0",
         f"student.checkpoint={run.student_file}",
         "eval.num_timesteps=6",
+        "student.neuron.decay=0.9",
+        "student.connect=IAND",
         f"run.dir={folder}/evaluation",
     )
     assert evaluation.returncode == 0, evaluation.stdout + evaluation.stderr
+    assert (
+        "is evaluated as it was trained: connect=ADD and not IAND, neuron.decay=0.2 and not 0.9\n" in evaluation.stdout
+    )
     before, found = read_rows(run.metrics_file)[-1], read_rows(folder / "evaluation" / "metrics.jsonl")[-1]
     for t in (1, 2, 3, 4):
         assert found[f"val/top1_t{t}"] == before[f"val/top1_t{t}"]

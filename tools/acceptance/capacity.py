@@ -1,4 +1,7 @@
-"""Capacity: whether every recipe's micro-batch fits, and how many images a second are validated."""
+"""Capacity: whether every recipe's micro-batch fits, and how many images a second are validated.
+
+Shapes: B images, C channels, H and W pixels.
+"""
 
 import gc
 import time

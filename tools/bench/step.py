@@ -8,6 +8,8 @@ The contestants are in `step_contestants.py`. Each lives in a process of its own
 so that a machine that slows down slows all of them; a ratio is the median over rounds of a round's ratio. spikingjelly
 takes part in the fastest of its variants here. `loop` is always fp32. Peak memory is the allocator's: on a GPU of all
 that is there, on a CPU of what a step adds to it.
+
+Shapes: B images, C channels, H and W pixels.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 FFCV's own `DatasetWriter` waits for ever when one of its processes dies, and its files differ from run to run. Here
 processes only encode, and one process writes in order: the same source and options give the same
 bytes, and an error has a place to go.
+
+Shapes: T frames, C polarities, H and W pixels.
 """
 
 import errno
