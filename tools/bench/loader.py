@@ -22,14 +22,22 @@ from typing import Any
 
 import numpy as np
 
+from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.mistakes import require
+
 CASES = ("ours", "bare_ffcv", "imagefolder", "our_imagefolder", "jpeg_only")
 STUDENT_RATE = 162
 """Images/s of SEW-ResNet-34, T = 4, on one GPU of an A100 host, as published."""
 
 
-def main() -> None:
+def main() -> int:
+    """The command line; returns the exit status."""
+    return run_tool(bench)
+
+
+def bench() -> None:
     """Prepare, measure, print; with --case, be one of the measured processes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("photos", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--count", type=int, default=2000, help="pictures to cut")
@@ -58,6 +66,7 @@ def prepare(photos: Path, work: Path, count: int, workers: int) -> None:
     if not (work / "x.beton").exists():
         rng = np.random.default_rng(0)
         files = sorted(p for p in photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+        require(bool(files), f"{photos}: no photographs are here (.jpg, .jpeg, .png, .webp)")
         made = 0
         while made < count:
             for file in files:
@@ -251,4 +260,4 @@ def profile(work: Path, size: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
