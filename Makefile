@@ -51,5 +51,5 @@ lint: $(VENV)/.ready ## ruff and mypy
 	@$(VENV)/bin/ruff format --check -q .
 	@$(VENV)/bin/mypy
 
-bench: $(VENV)/.ready ## benchmarks; results go to docs/results/
+bench: $(VENV)/.ready ## a training step of every student; prints a table
 	@$(PY) tools/bench/students.py

@@ -3,6 +3,7 @@
 Shapes: T timesteps, B samples, K classes, C candidates.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,6 +159,11 @@ def read_logits(
     loader, signature = open_labelled(student, heldout, split=split, workers=workers, batch_size=batch_size)
     logits, labels = [], []
     try:
+        theirs, own = loader.class_names, student.class_names
+        require(
+            theirs is None or own is None or list(theirs) == list(own),
+            f"HELDOUT={heldout}: its classes ({_listed(theirs)}) are not the student's ({_listed(own)})",
+        )
         for images_BCHW, labels_B in loader:
             logits.append(student.all_logits(images_BCHW).cpu())
             labels.append(labels_B.cpu().clone())  # FFCV writes the next batches where these lie
@@ -191,11 +197,19 @@ def open_labelled(
         frame_choice=student.frames.choice if student.frames else "first",
         crop="none",
     )
-    if is_beton:
-        signature = check_beton(path, name).signature
-    else:
-        signature = signature_of(open_pictures(str(path), f"data.{part}"))
-    loader = make_val_loader(
-        data, batch_size=batch_size, rank=0, world_size=1, device=student.device, workers=workers, split=part
-    )
+    try:
+        if is_beton:
+            signature = check_beton(path, name).signature
+        else:
+            signature = signature_of(open_pictures(str(path), f"data.{part}"))
+        loader = make_val_loader(
+            data, batch_size=batch_size, rank=0, world_size=1, device=student.device, workers=workers, split=part
+        )
+    except Mistake as mistake:
+        raise Mistake(str(mistake).replace(f"data.{part}=", f"{name}=", 1)) from mistake
     return loader, signature
+
+
+def _listed(names: Sequence[str] | None) -> str:
+    names = names or []
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

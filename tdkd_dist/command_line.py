@@ -1,12 +1,16 @@
 """What the command lines share."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from tdkd_dist.mistakes import Mistake, require
+
+MOST_TIMESTEPS = 1024
+"""As in the configuration."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,15 +25,41 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_tool(action: Callable[[], int | None], name: str = "error") -> int:
-    """Do `action`; its exit status, 0 if it gives none, or 2 for a `Mistake`, told line by line after `name`."""
+    """Do `action`; its exit status, 0 if it gives none, or 2 for a `Mistake`, told line by line after `name`.
+
+    As a shell has it, 130 after Ctrl-C and 141 where nobody reads on, as after `| head`.
+    """
     try:
-        return action() or 0
-    except SystemExit as end:  # argparse's, after --help
-        return int(end.code or 0)
+        status = action() or 0
+        sys.stdout.flush()
+        return status
+    except SystemExit as end:  # argparse's, after --help; or with what went wrong, as text
+        if isinstance(end.code, str):
+            print(f"{name}: {end.code}", file=sys.stderr)
+        return 1 if isinstance(end.code, str) else int(end.code or 0)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its exit
+        return 141
     except Mistake as mistake:
         for line in mistake.lines:
             print(f"{name}: {line}", file=sys.stderr)
         return 2
+
+
+def check_output(path: Path, option: str) -> None:
+    """Raise `Mistake`, before the work, unless a file can be written at `path`, the value of `option`."""
+    require(not path.is_dir(), f"{option} {path}: a folder; name a file")
+    require(path.parent.is_dir(), f"{option} {path}: no folder {path.parent}; create it")
+    require(os.access(path.parent, os.W_OK), f"{option} {path}: {path.parent} cannot be written to; choose another")
+
+
+def check_timesteps(timesteps: int | None) -> None:
+    """Raise `Mistake` unless `--timesteps` is what `student.num_timesteps` may be."""
+    fits = timesteps is None or 1 <= timesteps <= MOST_TIMESTEPS
+    require(fits, f"--timesteps {timesteps}: must be in 1 to {MOST_TIMESTEPS:,}")
 
 
 def publish(table: str, file: Path | None) -> None:

@@ -1,5 +1,6 @@
 """What a field of the configuration may be, declared beside it, and the one checker of that."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import field, fields
@@ -59,7 +60,8 @@ class Section:
             if choices is not None and number in choices:
                 continue  # a word that a number may be replaced by
             if limits is not None and not within(number, limits):
-                return WORDS.get(limits, f"in {limits}")
+                finite = not isinstance(number, float) or math.isfinite(number)
+                return WORDS.get(limits, f"in {limits}") + ("" if finite else " and finite")
             if most is not None and number > most:
                 return f"at most {most:,}"
         return None

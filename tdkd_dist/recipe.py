@@ -10,9 +10,10 @@ import difflib
 import itertools
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tdkd_dist.config import Config, flatten
 from tdkd_dist.files import write_text
@@ -22,6 +23,10 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 VARIANTS = RECIPES / "variants"
 SITES = RECIPES.parent / "launch" / "sites"
 ACCURACY = RECIPES.parent / "docs" / "results" / "accuracy.csv"
+
+
+Layer = tuple[Any, Path | None]
+"""A part of a configuration, and the file that it is of."""
 
 
 def list_recipes() -> dict[str, str]:
@@ -57,13 +62,14 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
     path = find_recipe(recipe)
     variant, own = _take("variant", overrides)
     site, own = _take("site", own)
+    said_by = "TDKD_SITE" if site is None else "site"
     site = site or os.environ.get("TDKD_SITE")
-    variant_layers = _read_layers(_find("variant", variant, VARIANTS)) if variant else []
-    site_layers = [_read_yaml(_find("site", site, SITES))] if site else []
+    files = [*_read_layers(path), *(_read_layers(_find("variant", variant, VARIANTS)) if variant else [])]
+    files += [_read_file(_find(said_by, site, SITES))] if site else []
     merged, found = OmegaConf.structured(Config), Mistakes()
-    for layer in [*_read_layers(path), *variant_layers, *site_layers, *_parse_overrides(own, found)]:
+    for layer, where in [*files, *((layer, None) for layer in _parse_overrides(own, found))]:
         with found.gathered():
-            merged = _merge(merged, layer)
+            merged = _merge(merged, layer, where)
     config = _to_config(merged, found)
     if not config.run.name:
         # An evaluation leaves the record of the training that has the recipe's name alone.
@@ -73,9 +79,11 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
 
 
 def _take(key: str, overrides: list[str]) -> tuple[str | None, list[str]]:
-    """The last value that the overrides give to `key`, and those of other keys."""
+    """The value that the overrides give to `key`, and those of other keys. Raises `Mistake` for two, and for none."""
     values = [text.partition("=")[2] for text in overrides if text.startswith(f"{key}=")]
-    return values[-1] if values else None, [text for text in overrides if not text.startswith(f"{key}=")]
+    require(len(values) < 2, f"{' '.join(f'{key}={value}' for value in values)}: give one {key}")
+    require("" not in values, f"{key}=: name one, or leave it out")
+    return values[0] if values else None, [text for text in overrides if not text.startswith(f"{key}=")]
 
 
 def load_all(members: list[tuple[str, list[str]]]) -> list[Config]:
@@ -137,7 +145,7 @@ def read_config(path: Path) -> Config:
     """The configuration that `save_config` wrote."""
     from omegaconf import OmegaConf
 
-    return _to_config(_merge(OmegaConf.structured(Config), _read_yaml(path)), Mistakes())
+    return _to_config(_merge(OmegaConf.structured(Config), *_read_file(path)), Mistakes())
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -177,7 +185,7 @@ def _find(kind: str, name: str, folder: Path) -> Path:
     raise Mistake(f"{kind}={name}: no such file in {folder.relative_to(RECIPES.parent)}; there are {known}")
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_file(path: Path) -> Layer:
     import yaml
     from omegaconf import OmegaConf
 
@@ -185,9 +193,9 @@ def _read_yaml(path: Path) -> Any:
         content = OmegaConf.load(path)
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise Mistake(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    require(OmegaConf.is_dict(content), f"{path}: a recipe is a mapping of sections")
+    require(OmegaConf.is_dict(content) and len(content) > 0, f"{path}: a recipe is a mapping of sections")
     refuse_interpolations(content, str(path))
-    return content
+    return content, path
 
 
 def refuse_interpolations(layer: Any, where: str) -> None:
@@ -211,17 +219,21 @@ def refuse_interpolations(layer: Any, where: str) -> None:
         require(not wrong, f"{where}: ${{...}} is not resolved: write the value itself, or let the shell fill it in")
 
 
-def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Any]:
+def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
     from omegaconf import OmegaConf
 
     require(path not in seen, f"{path}: `base:` leads back to the recipe itself")
-    content = _read_yaml(path)
+    content, _ = _read_file(path)
     base = content.pop("base", None)
     layers = []
     for name in [] if base is None else base if OmegaConf.is_list(base) else [base]:
         local = path.parent / f"{name}.yaml"
-        layers += _read_layers(local if local.is_file() else find_recipe(str(name)), (*seen, path))
-    return [*layers, content]
+        try:
+            found = local if local.is_file() else find_recipe(str(name))
+        except Mistake as mistake:
+            raise Mistake(f"{path}: base: {mistake}") from mistake
+        layers += _read_layers(found, (*seen, path))
+    return [*layers, (content, path)]
 
 
 def _parse_overrides(overrides: list[str], found: Mistakes) -> list[Any]:
@@ -245,8 +257,13 @@ def _parse_overrides(overrides: list[str], found: Mistakes) -> list[Any]:
     return layers
 
 
-def _merge(schema: Any, layer: Any) -> Any:
-    """`schema` with `layer` over it. Raises `Mistake`, with a line for each key that does not fit."""
+def _merge(schema: Any, layer: Any, where: Path | None = None) -> Any:
+    """`schema` with `layer`, of the file `where`, over it. Raises `Mistake`, a line for each key that does not fit."""
+    if where is not None:
+        try:
+            return _merge(schema, layer)
+        except Mistake as mistake:
+            raise Mistake("\n".join(f"{line} (in {where})" for line in mistake.lines)) from mistake
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -263,7 +280,7 @@ def _merge(schema: Any, layer: Any) -> Any:
         if isinstance(error, ConfigKeyError):
             raise Mistake(_unknown_key(error.full_key or str(error.key))) from error
         key = getattr(error, "full_key", None) or ".".join(_first_key(layer)) or "the configuration"
-        raise Mistake(f"{key}: {str(error).splitlines()[0]}") from error
+        raise Mistake(_wrong_value(key, error)) from error
 
 
 def _first_key(layer: Any) -> list[str]:
@@ -292,11 +309,42 @@ def _to_config(merged: Any, found: Mistakes) -> Config:
             try:
                 sections[f.name] = OmegaConf.to_object(merged[f.name])
             except OmegaConfBaseException as error:
-                raise Mistake(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+                raise Mistake(_wrong_value(str(error.full_key), error)) from error
     found.tell()
     config = Config(**sections)
     config.check()
     return config
+
+
+def _wrong_value(key: str, error: Exception) -> str:
+    """What OmegaConf says of a value, where it is about the value, and what the key may be."""
+    said = str(error).splitlines()[0]
+    told = said if said.startswith(("Value '", "Invalid value '")) and "$VALUE" not in said else "not of its kind"
+    return f"{key}: {told}; must be {_kind_of(key)}"
+
+
+def _kind_of(key: str) -> str:
+    """What values a key takes, in words."""
+    hint: Any = Config
+    for part in key.split("[")[0].split("."):
+        hint = get_type_hints(hint).get(part, Any) if is_dataclass(hint) else Any
+    return _in_words(hint)
+
+
+def _in_words(hint: Any) -> str:
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint in kinds:
+        return kinds[hint]
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_in_words(part) for part in parts))
+    if origin is list:
+        return "a list, such as [a, b]"
+    if origin is tuple:
+        return f"a list of {len(parts)} numbers"
+    return "a section: keys with their values" if is_dataclass(hint) else "keys with their values"
 
 
 def _unknown_key(key: str) -> str:

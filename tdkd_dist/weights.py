@@ -77,7 +77,7 @@ def save_student(
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """A file's metadata, `student` decoded; None if it holds no student's configuration. `Mistake` if unreadable."""
     if not os.path.isfile(path):
-        raise Mistake(f"{path}: no such file")
+        raise Mistake(f"{path}: {_absent(path)}")
     if not _is_safetensors(path):
         return None
     try:
@@ -199,7 +199,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], key: str) -> No
 def read_tensors(path: str | os.PathLike[str], key: str, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
     """A file's tensors by name, on the CPU, without wrapper and `module.` prefix; nothing in the file is executed."""
     if not os.path.isfile(path):
-        raise Mistake(f"{key}={path}: no such file")
+        raise Mistake(f"{key}={path}: {_absent(path)}")
     try:
         with torch.serialization.safe_globals(HARMLESS):
             content = load_file(path) if _is_safetensors(path) else torch.load(path, "cpu", weights_only=True)
@@ -362,7 +362,11 @@ def _images(model: nn.Module, student: StudentConfig, data: DataConfig | None) -
 def _pretrained(name: str) -> dict[str, Tensor]:
     if not timm.is_model(name.partition(".")[0]):
         raise Mistake(f"source={name}: neither a file nor a timm model")
-    return dict(timm.create_model(name, pretrained=True).state_dict())
+    try:
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except (OSError, RuntimeError, ValueError) as error:  # no network, or no such tag
+        cause = " ".join(str(error).split())
+        raise Mistake(f"source={name}: its weights cannot be had here ({cause[:200]}); give a file of them") from error
 
 
 def _rename(tensors: Mapping[str, Tensor], rules: Mapping[str, str]) -> dict[str, Tensor]:
@@ -389,6 +393,10 @@ def _describe(content: object) -> str:
     if isinstance(content, Mapping):
         return f"a dict with keys {_some(map(str, content))}" if content else "an empty dict"
     return f"a {type(content).__name__}"
+
+
+def _absent(path: str | os.PathLike[str]) -> str:
+    return "a folder; give the file in it" if os.path.isdir(path) else "no such file"
 
 
 def _is_safetensors(path: str | os.PathLike[str]) -> bool:

@@ -49,6 +49,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 0.8}
     save_student(folder / "student.safetensors", model.state_dict(), config, label_names=NAMES, **shape)
     write(source, folder / "held.beton")
+    for k, name in enumerate(("bat", "cat", "dog")):
+        path = folder / "others" / name / "x.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(source.read(k)).save(path)
     return folder
 
 
@@ -126,7 +130,17 @@ def test_one_picture_is_a_line_and_several_are_a_table(here, tmp_path):
         ),
         (
             ["{here}/student.safetensors", "{here}/tree", "--max-drop", "1", "--out", "/none/x.json"],
-            "--out /none/x.json",
+            "--out /none/x.json: no folder /none; create it",
+        ),
+        (["{here}/student.safetensors", "{here}/tree", "--max-drop", "1", "--out", "."], "--out .: a folder; name a"),
+        (["{here}", "{here}/tree", "--max-drop", "1", "--out", "x.json"], "a folder; give the file in it"),
+        (
+            ["{here}/student.safetensors", "{here}/tree", "--max-drop", "1", "--out", "x.json", "--timesteps", "9999"],
+            "--timesteps 9999: must be in 1 to 1,024",
+        ),
+        (
+            ["{here}/student.safetensors", "{here}/others", "--max-drop", "1", "--out", "x.json"],
+            "others: its classes (bat, cat, dog) are not the student's (cat, dog, owl)",
         ),
     ],
 )

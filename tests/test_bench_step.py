@@ -1,7 +1,8 @@
-"""The contestants of tools/bench_step.py compute what they are said to."""
+"""The contestants of tools/bench_step.py compute what they are said to, and a mistake is told before they start."""
 
+import pytest
 import torch
-from step import allocated_mib
+from step import allocated_mib, main
 from step_contestants import LoopedNet
 
 from tdkd_dist.config import StudentConfig
@@ -36,3 +37,21 @@ def test_the_peak_is_what_lives_at_once():
         assert c[0] == 1
 
     assert 8 <= allocated_mib(step) < 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student", "nope"], "student.model=nope: no such model"),
+        (["--student", "sew_resnet8", "--only", "full,resnet"], "--student sew_resnet8: nothing like it for resnet;"),
+        (["--teacher", "nope"], "--teacher nope: timm has no such model"),
+        (["--set", "train.recompute_stages=[9]"], "train.recompute_stages=[9]: sew_resnet34 has no stage 9"),
+        (["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--json", "nowhere/x.json"], "--json nowhere/x.json: no folder nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, arguments, message):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert said.count("\n") == 1

@@ -125,7 +125,10 @@ def test_what_no_time_is_left_for_is_left_out(program, monkeypatch):
     [
         (["--only", "engine,speed"], "--only speed: choose from engine, neuron"),
         (["--seconds", "0"], "--seconds 0: must be positive"),
+        (["--seconds", "nan"], "--seconds nan: must be positive"),
         (["--device", "tpu"], "argument --device: invalid choice"),
+        (["--markdown", "nowhere/gpu.md"], "--markdown nowhere/gpu.md: no folder nowhere"),
+        (["--json", "nowhere/gpu.json"], "--json nowhere/gpu.json: no folder nowhere"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):

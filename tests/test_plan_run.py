@@ -60,6 +60,12 @@ def test_the_gradients_are_the_students():
         (["--step-ms", "60"], "the following arguments are required"),
         (["train.epochs=3"], "which recipe?"),
         (["recipe=imagenet_sew34", "--step-ms", "-1"], "--step-ms -1.0: must be positive"),
+        (["recipe=imagenet_sew34", "--step-ms", "inf"], "--step-ms inf: must be positive and finite"),
+        (["recipe=imagenet_sew34", "--step-ms", "nan"], "--step-ms nan: must be positive and finite"),
+        (["recipe=imagenet_sew34", "--node-gb-s", "nan"], "--node-gb-s nan: must be positive and finite"),
+        (["recipe=imagenet_sew34", "--loader-core-ms", "nan"], "--loader-core-ms nan: must be positive and finite"),
+        (["recipe=imagenet_sew34", "--latency-us", "nan"], "--latency-us nan: must be finite, and not negative"),
+        (["recipe=imagenet_sew34", "--latency-us", "-1"], "--latency-us -1.0: must be finite, and not negative"),
         (["recipe=imagenet_sew34", "--gpus", "many"], "--gpus many: give numbers"),
         (["recipe=imagenet_sew34", "nodes=0", "--step-ms", "60"], "nodes=0: must be at least 1"),
         (["recipe=imagenet_sew35", "--step-ms", "60"], "recipe=imagenet_sew35"),
@@ -83,6 +89,11 @@ def test_nodes_are_of_as_many_gpus_as_the_recipe_puts_on_one(capsys):
     assert plan_run.main(["recipe=imagenet_sew34", "nodes=1,4", "--step-ms", "60"]) == 0
     rows = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [[int(cell) for cell in row] for row in rows] == [[8, 1], [32, 4]]
+
+
+def test_settings_may_come_after_options():
+    options = plan_run.parse(["recipe=imagenet_sew34", "--step-ms", "60", "nodes=4", "train.epochs=3"])
+    assert (options.recipe, options.nodes, options.overrides) == ("imagenet_sew34", [4], ["train.epochs=3"])
 
 
 def test_synchronised_batch_norms_cost_what_their_messages_take(capsys):

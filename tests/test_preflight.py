@@ -87,6 +87,31 @@ def test_pictures_are_in_colour(tmp_path):
         preflight.check(load_config("fashion_sew", [*settings, *data]), cluster="local")
 
 
+def test_the_sets_classes_are_compared_before_the_job(tmp_path):
+    for folder in ("train/cat", "train/dog", "val/cat", "val/owl"):
+        path = tmp_path / folder / "x.png"
+        path.parent.mkdir(parents=True)
+        picture(0, 24, 24).save(path)
+    settings = ["data.format=imagefolder", "loss.alpha=0", "train.batch_size=2"]
+    data = [f"data.{split}={tmp_path}/{split}" for split in ("train", "val")]
+    with pytest.raises(Mistake, match=r"^data.val=.*unlike data.train's"):
+        preflight.check(load_config("fashion_sew", [*settings, *data]), cluster="local", dry_run=True)
+
+
+def test_a_network_that_is_not_here_is_known_before_the_job():
+    config = load_config("fashion_sew", ["launcher.network_interface=nope0"])
+    with pytest.raises(Mistake, match=r"(?m)^launcher.network_interface=nope0: this machine has .*lo"):
+        preflight.check(config, cluster="local")
+
+
+def test_the_batch_script_can_be_looked_at_without_slurm(capsys, monkeypatch):
+    monkeypatch.setattr("tdkd_dist.cluster.scheduler.sbatch_answers", lambda: False)
+    assert submit.main(["recipe=imagenet_sew34", "launcher.cluster=slurm", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n#SBATCH --nodes=1\n" in shown
+    assert "not here yet: launcher.cluster=slurm: sbatch does not answer here" in shown
+
+
 def test_a_file_is_checked_as_it_will_be_evaluated(tmp_path):
     student = StudentConfig("sew_resnet8", num_classes=10, num_timesteps=4, neuron=NeuronConfig("plif"))
     state, images = create_student(student).state_dict(), {"input_size": (3, 28, 28), "mean": (0,) * 3, "std": (1,) * 3}

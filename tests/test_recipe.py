@@ -67,6 +67,27 @@ def test_listing_recipes_needs_no_torch():
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def test_two_variants_are_not_one():
+    with pytest.raises(Mistake, match=r"^variant=mix variant=all: give one variant$"):
+        load_config("fashion_sew", ["variant=mix", "variant=all"])
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "mine.yaml"
+    for text, message in (
+        ("losss: {alpha: 1}", f"losss: no such key; did you mean loss? (in {path})"),
+        ("", f"{path}: a recipe is a mapping of sections"),
+        ("base: nope", f"{path}: base: recipe=nope: no such recipe"),
+    ):
+        path.write_text(text)
+        with pytest.raises(Mistake) as caught:
+            load_config(str(path), [])
+        assert str(caught.value).startswith(message)
+    monkeypatch.setenv("TDKD_SITE", "nope")
+    with pytest.raises(Mistake, match=r"^TDKD_SITE=nope: no such file"):
+        load_config("fashion_sew", [])
+
+
 def test_what_is_saved_is_read_back(recipe, tmp_path):
     config = load_config(recipe, ["train.compile=true", "data.mean=[0.1,0.2,0.3]"])
     save_config(config, tmp_path / "config.yaml")
@@ -81,6 +102,15 @@ def test_what_is_saved_is_read_back(recipe, tmp_path):
         ("lr=3", "lr: no such key; did you mean optim.lr?"),
         ("train.epochs=many", "train.epochs: Value 'many'"),
         ("train.epochs=1.5", "train.epochs: Value '1.5'"),
+        (
+            "data.mean=[a,b,c]",
+            "data.mean: not of its kind; must be a list of 3 numbers",
+        ),
+        ("launcher.setup=module", "launcher.setup: not of its kind; must be a list, such as [a, b]"),
+        ("loss=3", "loss: not of its kind; must be a section: keys with their values"),
+        ("student.neuron.v_init=learn", "student.neuron.v_init: "),
+        ("run.name=", "run.name: "),
+        ("variant=", "variant=: name one, or leave it out"),
         ("student.num_timesteps=0", "student.num_timesteps=0: must be at least 1"),
         ("student.connect=XOR", "student.connect: Invalid value 'XOR'"),
         ("train.compile=maybe", "train.compile=maybe: must be auto, true or false"),
@@ -235,7 +265,7 @@ def test_a_variant_wins_over_the_recipe_and_loses_to_the_command_line(tmp_path):
     config = load_config("fashion_sew", ["loss.beta=0.3", "variant=seal"])
     assert (config.loss.alpha, config.loss.beta, config.loss.self_target) == (0.6, 0.3, "weighted")
     (tmp_path / "mine.yaml").write_text("base: [mix, all_v_half]\nloss: {alpha: 1}\n")
-    with pytest.raises(ValueError, match=r"^recipe=mix: no such recipe"):
+    with pytest.raises(ValueError, match=r"/mine\.yaml: base: recipe=mix: no such recipe"):
         load_config("fashion_sew", [f"variant={tmp_path / 'mine.yaml'}"])
     (tmp_path / "mine.yaml").write_text("base: [variants/all_v_half, variants/mix]\nloss: {alpha: 1}\n")
     config = load_config("fashion_sew", [f"variant={tmp_path / 'mine.yaml'}"])

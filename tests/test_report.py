@@ -91,6 +91,12 @@ def test_groups_of_one_name_are_told_apart(tmp_path):
     assert [group.name for group in group_runs(runs)] == ["a (a-seed0)", "a (elsewhere)"]
 
 
+def test_a_run_given_twice_is_no_second_seed(folders, capsys):
+    assert compare_runs.main([str(folders[0]), str(folders[0])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("are the same run, of seed 0: give one of them")
+
+
 def test_paired_differences_are_the_paired_t_tests(folders):
     ours, theirs = group_runs(load_runs(folders)[0])
     a, b = ours.curves("top1"), theirs.curves("top1")

@@ -36,11 +36,15 @@ def test_the_same_run_may_come_again_longer_or_elsewhere(tmp_path, config):
 def test_another_run_is_refused_by_its_keys(tmp_path, config):
     folder = RunFolder(tmp_path / "run")
     folder.create(config)
+    folder.metrics_file.write_text("{}\n")
     before = folder.config_file.read_text()
     config.loss.alpha, config.student.neuron.decay = 0.3, 0.9
     with pytest.raises(ValueError, match=r"student\.neuron\.decay \(0\.5 there, 0\.9 now\), loss\.alpha \(0\.2 there"):
         folder.create(config)
     assert folder.config_file.read_text() == before
+    folder.metrics_file.unlink()  # it stopped at a mistake in the job before it came to anything
+    folder.create(config)
+    assert folder.config_file.read_text() != before
 
 
 def saved(folder, name="step-00000007", **where):
@@ -62,6 +66,7 @@ def test_an_evaluation_leaves_a_trainings_record_alone_and_the_other_way_round(t
     assert before == {p: p.read_bytes() for p in folder.path.iterdir() if p.is_file()}
     other = RunFolder(tmp_path / "other")
     other.create(config)
+    other.metrics_file.write_text("{}\n")
     config.train.epochs = 3
     with pytest.raises(Mistake, match=r"holds an evaluation, whose record a training .* set run\.name=other-train$"):
         other.create(config)

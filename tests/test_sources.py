@@ -19,6 +19,7 @@ from tdkd_dist.data.loaders import make_val_loader
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.sources.classes import InTeacherOrder, check_order
 from tdkd_dist.data.sources.source import Source
+from tdkd_dist.mistakes import Mistake
 
 SYNSETS = ["n01440764", "n01443537", "n02123045"]
 PER_CLASS = 4
@@ -166,6 +167,20 @@ def test_sources_survive_pickling(make: Callable[[Path], Source], tmp_path: Path
     copy = pickle.loads(pickle.dumps(source))
     assert np.array_equal(copy.read(3), source.read(3))
     assert copy.signature() == source.signature()
+
+
+def test_what_holds_both_sets_is_never_read_as_one(tmp_path: Path) -> None:
+    """Test pictures would go into training, or the sets be taken for classes."""
+    for split in ("train", "test"):
+        make_folder(tmp_path / "tree" / split)
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "flat" / f"{split}-000.tar", "w") as tar:
+            add(tar, "0.cls", b"0")
+            add(tar, "0.jpg", PICTURES[0][2])
+    for folder in ("tree", "flat"):
+        with pytest.raises(Mistake, match=f"{folder}: holds train and test; say --split"):
+            open_source(tmp_path / folder)
+        assert len(open_source(tmp_path / folder, "train").labels) in (1, len(PICTURES))
 
 
 def cifar_arrays(count: int, classes: int) -> tuple[np.ndarray, list[int]]:

@@ -177,6 +177,26 @@ def test_imported_students_know_their_images(tmp_path):
     assert "student.widht" in wrong.stderr
 
 
+def test_a_source_is_not_overwritten(student, tmp_path):
+    config, net = student
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    before = (tmp_path / "x.pth").read_bytes()
+    done = tool(tmp_path / "x.pth", tmp_path / "." / "x.pth", "--format=official", "model=sew_resnet8")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"import_weights: {tmp_path}/x.pth: is the source itself; name another file\n",
+    )
+    assert (tmp_path / "x.pth").read_bytes() == before
+    assert config.model == "sew_resnet8"
+
+
+def test_a_tag_that_timm_does_not_know(tmp_path):
+    done = tool("resnet34.nonsense", tmp_path / "x.safetensors", "--format=timm", "model=sew_resnet34")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("import_weights: source=resnet34.nonsense: its weights cannot be had here (")
+
+
 def test_a_learned_leak_may_be_a_scalar_in_the_file(tmp_path):
     """As in older files and in spikingjelly's."""
     config = StudentConfig("sew_resnet8", neuron=NeuronConfig("plif"), **SMALL)

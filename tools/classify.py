@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.command_line import Parser, check_timesteps, run_tool
 from tdkd_dist.memory import keep_freed_memory
 from tdkd_dist.mistakes import Mistake, printable, require
 
@@ -36,7 +36,7 @@ def classify(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a picture")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    require(args.timesteps is None or args.timesteps >= 1, f"--timesteps {args.timesteps}: must be at least 1")
+    check_timesteps(args.timesteps)
     keep_freed_memory()
     answers, broken = answer(args)
     if args.json:

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.command_line import Parser, check_output, check_timesteps, run_tool
 from tdkd_dist.files import whole
 from tdkd_dist.mistakes import require
 
@@ -51,15 +51,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dt", type=float, default=1e-4, help="of NIR: the reader's time step in seconds")
     parser.add_argument("--host-stem", action="store_true", help="of NIR: the graph starts after the stem")
     args = parser.parse_args(argv)
-    require(args.dest.parent.is_dir(), f"{args.dest}: no folder {args.dest.parent}; create it")
+    check_output(args.dest, "DEST")
     require(args.dest.resolve() != args.student.resolve(), f"{args.dest}: is the student's own file; name another")
-    require(not args.dest.is_dir(), f"{args.dest}: a folder; name a file")
-    require(args.timesteps is None or args.timesteps >= 1, f"--timesteps {args.timesteps}: must be at least 1")
+    check_timesteps(args.timesteps)
     require(LEAST <= args.count <= 10_000, f"--count {args.count}: must be in {LEAST} to 10,000")
     require(0 < args.dt <= 1, f"--dt {args.dt}: must be above 0 and at most 1")
     require(not args.host_stem or args.format == "nir", "--host-stem: only of --format nir")
     lacking = [name for name in NEEDS[args.format] if importlib.util.find_spec(name) is None]
-    require(not lacking, f"--format {args.format} needs {', '.join(lacking)}: pip install 'tdkd-dist[export]'")
+    require(not lacking, f"--format {args.format} needs {', '.join(lacking)}: pip install -e '.[export]'")
     return args
 
 

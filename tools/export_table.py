@@ -7,8 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tdkd_dist.command_line import cut_page
+from tdkd_dist.command_line import Parser, cut_page, run_tool
 from tdkd_dist.files import write_text
+from tdkd_dist.mistakes import require
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "export.md"
@@ -18,16 +19,32 @@ Row = tuple[str, str]
 """A student, with its connection where it has one, and the reset."""
 
 
-def main(names: list[str]) -> int:
-    """Prove the rows of these students, or of all, and write them into the page's table."""
+def main(argv: list[str]) -> int:
+    """Prove and write; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    return run_tool(lambda: fill(parse(argv)))
+
+
+def parse(argv: list[str]) -> tuple[str, ...]:
+    """The students of the command line, or all. Raises `Mistake`."""
+    from tdkd_dist.students import spiking_names
+
+    parser = Parser(__doc__)
+    parser.add_argument("students", nargs="*", metavar="STUDENT", help="(default: all)")
+    names = tuple(parser.parse_args(argv).students)
+    for name in names:
+        require(name in spiking_names(), f"{name}: no such student; choose from {', '.join(spiking_names())}")
+    return names or spiking_names()
+
+
+def fill(names: tuple[str, ...]) -> None:
+    """Prove the rows of these students, and write them into the page's table. Raises `Mistake`."""
     sys.path.insert(0, str(ROOT / "tests"))
     from exports import FORMATS, RESETS, lively, prove  # type: ignore[import-not-found]
 
     from tdkd_dist.neuron_config import NeuronConfig
-    from tdkd_dist.students import spiking_names
 
     found = read_table()
-    for name in names or spiking_names():
+    for name in names:
         for connect in CONNECTIONS if name in ("sew_resnet8", "sew_resnet50") else (None,):
             for reset, v_reset in RESETS.items():
                 options = {} if connect is None else {"connect": connect}
@@ -40,7 +57,6 @@ def main(names: list[str]) -> int:
                 found[row, reset] = cells
                 print(row, reset, *cells, flush=True)
                 write_table(found, FORMATS)
-    return 0
 
 
 def show(worst: float | None, note: str) -> str:

@@ -28,7 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.command_line import Parser, check_output, run_tool
 from tdkd_dist.files import write_text
 from tdkd_dist.mistakes import Mistake
 
@@ -97,8 +97,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if unknown:
         raise Mistake(f"--only {','.join(sorted(unknown))}: choose from {', '.join(CHECKS)}")
     options.names = [name for name in CHECKS if name in names]
-    if options.seconds <= 0:
+    if not options.seconds > 0:  # nor NaN
         raise Mistake(f"--seconds {options.seconds:g}: must be positive")
+    for name in ("markdown", "json"):
+        path = getattr(options, name)
+        if path is not None:
+            check_output(path, f"--{name}")
     if options.device != "cpu":
         import torch
 
@@ -107,6 +111,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.markdown is None and options.device == "cuda" and len(options.names) == len(CHECKS):
         options.markdown = RESULTS
+        check_output(RESULTS, "--markdown")
     return options
 
 

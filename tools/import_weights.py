@@ -13,8 +13,9 @@ its student is the start, and the file says that its images are the recipe's: si
 
 import difflib
 import sys
+from pathlib import Path
 
-from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.command_line import Parser, check_output, run_tool
 from tdkd_dist.config import StudentConfig, flatten
 from tdkd_dist.mistakes import Mistake
 from tdkd_dist.recipe import load_config
@@ -55,6 +56,9 @@ def convert(arguments: list[str] | None) -> None:
     parser.add_argument("--format", required=True, choices=("official", "spikingjelly", "timm"))
     parser.add_argument("student", nargs="*", metavar="key=value", help="the student: section, and decay_input=true")
     options = parser.parse_intermixed_args(arguments)
+    check_output(Path(options.dest), "DEST")
+    if Path(options.dest).resolve() == Path(options.source).resolve():
+        raise Mistake(f"{options.dest}: is the source itself; name another file")
     decay_input = [text for text in options.student if text.startswith("decay_input=")]
     if any(text not in ("decay_input=true", "decay_input=false") for text in decay_input):
         raise Mistake(f"{decay_input[0]}: must be true or false")

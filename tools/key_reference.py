@@ -14,10 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = [ROOT / "tdkd_dist" / f"{name}.py" for name in ("config", "loss_config", "launcher_config", "neuron_config")]
 PAGE = ROOT / "docs" / "keys.md"
 COMMAND = "python tools/key_reference.py"
+FILES = ", ".join(f"`{path.name}`" for path in SCHEMA)
 HEAD = f"""# Every key
 
-Written by `{COMMAND}` from `tdkd_dist/config.py`; edit the docstrings there. A recipe sets a key in its section
-(`train: {{epochs: 3}}`), the command line as `train.epochs=3`; `null` is None.
+Written by `{COMMAND}` from the docstrings in `tdkd_dist/`, those of
+{FILES}; edit them there.
+A recipe sets a key in its section (`train: {{epochs: 3}}`), the command line as `train.epochs=3`; `null` is None.
 """
 
 

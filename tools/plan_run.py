@@ -1,8 +1,8 @@
 """How fast a recipe would be on 1 to 512 GPUs, and what it would cost: predicted from a measured step and the links.
 
-    python tools/plan_run.py recipe=imagenet_sew34 --step-ms 60
-    python tools/plan_run.py recipe=imagenet_sew34 nodes=1,4 --step-ms 60
-    python tools/plan_run.py recipe=imagenet_sew34 --step-ms 60 --gpus 8,64 --node-gb-s 50 --cores 64
+    python tools/plan_run.py recipe=imagenet_sew34 --step-ms 60 --cores 64
+    python tools/plan_run.py recipe=imagenet_sew34 nodes=1,4 --step-ms 60 --cores 64
+    python tools/plan_run.py recipe=imagenet_sew34 --step-ms 60 --cores 64 --gpus 8,64 --node-gb-s 50
     python tools/plan_run.py recipe=fashion_sew --check      # measures here, and checks the model against real ranks
 
 Without --step-ms the step of one micro-batch is measured on this machine, by as many ranks at a time as the recipe puts
@@ -30,7 +30,7 @@ from tdkd_dist import distributed
 from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.config import Config
 from tdkd_dist.data.beton.manifest import check_beton
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.mistakes import Mistake, require
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run.log import format_seconds
 from tdkd_dist.students import create_student
@@ -152,9 +152,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--loader-core-ms", type=float, default=0.81, help="an image, as tools/bench/loader.py finds it"
     )
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="of a node")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="of a node; this machine's unless given")
     parser.add_argument("--check", action="store_true", help="also run the recipe's ranks here together, and compare")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     recipes = [text.removeprefix("recipe=") for text in options.settings if text.startswith("recipe=")]
     if len(recipes) != 1:
         raise Mistake("which recipe? give recipe=NAME")
@@ -165,8 +165,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.gpus = numbers("--gpus ", options.gpus)
     for name in ("step_ms", "gpus_per_node", "gpu_gb_s", "node_gb_s", "loader_core_ms", "images", "cores"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise Mistake(f"--{name.replace('_', '-')} {value}: must be positive")
+        fits = value is None or 0 < value < math.inf  # nor NaN
+        require(fits, f"--{name.replace('_', '-')} {value}: must be positive and finite")
+    fits = 0 <= options.latency_us < math.inf
+    require(fits, f"--latency-us {options.latency_us}: must be finite, and not negative")
     return options
 
 

@@ -1,6 +1,7 @@
 """All that can be checked before a job is submitted and a GPU touched."""
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tdkd_dist.batch_norm import synchronise
 from tdkd_dist.cluster import slurm
 from tdkd_dist.config import Config, flatten
 from tdkd_dist.data.beton.manifest import check_beton
-from tdkd_dist.data.checks import check_frames
+from tdkd_dist.data.checks import check_frames, compare_classes
 from tdkd_dist.data.loaders import count_classes, open_pictures, signature_of
 from tdkd_dist.data.sources.source import one_line
 from tdkd_dist.mistakes import Mistake, Mistakes, require
@@ -114,6 +115,7 @@ def _check_machine(config: Config, cluster: str, found: Findings, dry_run: bool)
     cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     here = f"this machine has {gpus}" if chosen is None else f"CUDA_VISIBLE_DEVICES={chosen} shows {gpus}"
+    interfaces = [name for _, name in socket.if_nameindex()]
     mistakes = Mistakes()
     for fits, message in (
         (launcher.nodes == 1, f"launcher.nodes={launcher.nodes}: this machine is one; use launcher.cluster=slurm"),
@@ -122,6 +124,10 @@ def _check_machine(config: Config, cluster: str, found: Findings, dry_run: bool)
             f"launcher.gpus_per_node={launcher.gpus_per_node}: {here}; launcher.gpus_per_node=0 trains on the CPU",
         ),
         (data.workers is None or data.workers <= cores, f"data.workers={data.workers}: only {cores} cores here"),
+        (
+            launcher.network_interface is None or launcher.network_interface in interfaces,
+            f"launcher.network_interface={launcher.network_interface}: this machine has {', '.join(interfaces)}",
+        ),
     ):
         if dry_run and not fits:
             found.absent.append(message)
@@ -142,11 +148,13 @@ def _check_data(config: Config, split: str, found: Findings, dry_run: bool) -> i
         return None
     if config.data.format == "imagefolder":
         source = open_pictures(path, key)
+        compare_classes(config.data, key, source)
         samples, classes, found.class_names = len(source.labels), count_classes(source), source.class_names
         found.data[split] = signature_of(source)
     else:
         info = check_beton(path, key)
         check_frames(config.data, key, info, config.student.in_chans)
+        compare_classes(config.data, key, info)
         found.class_names = info.class_names
         samples, classes = info.num_samples, max(info.num_classes or 0, info.largest_label + 1)
         found.data[split] = info.signature

@@ -3,15 +3,19 @@
 from tdkd_dist.cluster import follow, preflight, scheduler, submission
 from tdkd_dist.cluster.follow import FINISHED, STOPPED, Follower
 from tdkd_dist.config import Config
-from tdkd_dist.mistakes import Mistakes, printable
+from tdkd_dist.mistakes import Mistake, Mistakes, printable
 from tdkd_dist.recipe import to_yaml
 from tdkd_dist.run.folder import RunFolder
 
 
 def show(config: Config) -> None:
     """What would be run, and what is missing for it."""
-    cluster = submission.find_cluster(config)
+    try:
+        cluster, absent = submission.find_cluster(config), []
+    except Mistake as mistake:  # the batch script can be looked at anywhere
+        cluster, absent = "slurm", mistake.lines
     findings = preflight.check(config, cluster=cluster, dry_run=True)
+    findings.absent += absent
     print(to_yaml(config))
     print(f"job: {submission.describe(config, cluster)}")
     print(

@@ -21,12 +21,18 @@ def check_classes(data: DataConfig, key: str, opened: BetonInfo | Source) -> Non
     Raises `Mistake` starting with `key=path: `. A wrong order trains quietly; a class that one set lacks shifts the
     labels of all after it. A beton without a manifest is taken on trust, with a warning.
     """
+    compare_classes(data, key, opened)
+    if isinstance(opened, BetonInfo) and opened.manifest is None:
+        where = f"{key}={opened.path}"
+        logger.warning("%s has no manifest: its classes are taken on trust, the teacher's accuracy must tell", where)
+
+
+def compare_classes(data: DataConfig, key: str, opened: BetonInfo | Source) -> None:
+    """The same, and nothing is said of what is taken on trust."""
     where = f"{key}={opened.path}"
     names = opened.class_names
     check_order(names, where)
-    if isinstance(opened, BetonInfo) and opened.manifest is None:
-        logger.warning("%s has no manifest: its classes are taken on trust, the teacher's accuracy must tell", where)
-    if key == "data.val" and data.train is not None and names is not None:
+    if key == "data.val" and data.train is not None and Path(data.train).exists() and names is not None:
         other = _class_names(data.train, data.format)
         if other is not None and list(other) != list(names):
             raise Mistake(f"{where}: {_difference(other, names)}, unlike data.train's")

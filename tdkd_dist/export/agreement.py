@@ -98,7 +98,7 @@ def real_pictures(student: AnytimeStudent, path: Path, given: list[Path], count:
         return torch.stack([pictures[k % len(pictures)] for k in range(count)]), f"{len(given)} files"
     source = given[0] if given else _validation_set(path)
     if source is not None:
-        loader, _ = open_labelled(student, source, batch_size=count, workers=1)
+        loader, _ = open_labelled(student, source, name="--pictures", batch_size=count, workers=1)
         try:
             found = next(iter(loader))[0][:count].clone()
             return found[torch.arange(count) % len(found)], str(source)

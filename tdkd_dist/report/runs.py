@@ -139,6 +139,14 @@ def group_runs(runs: list[RunData]) -> list[Group]:
     groups: dict[str, list[RunData]] = defaultdict(list)
     for run in runs:
         groups[json.dumps(_compared(run.config), default=str, sort_keys=True)].append(run)
+    for members in groups.values():
+        first: dict[int, RunData] = {}
+        for run in members:
+            twin = first.setdefault(run.config.run.seed, run)
+            require(
+                twin is run,
+                f"{run.folder} and {twin.folder} are the same run, of seed {run.config.run.seed}: give one of them",
+            )
     found = [Group(_name_of(members), members) for members in groups.values()]
     names = [group.name for group in found]
     for group in found:

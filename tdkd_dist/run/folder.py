@@ -104,10 +104,13 @@ class RunFolder:
         """Raise `Mistake` unless the folder is free for the run that `config` describes, or holds it.
 
         It may hold another run, its evaluation, more of it than is asked for now, checkpoints of another form, or
-        somebody's files: whatever is there would be lost.
+        somebody's files: whatever is there would be lost. A run that never came to anything may be mended.
         """
         if not self.config_file.exists():
             self._check_free()
+            return
+        results = (self.metrics_file, self.summary_file, self.student_file)
+        if newest_progress(self.checkpoints) is None and not any(file.exists() for file in results):
             return
         there = read_config(self.config_file)
         self._check_same(there, config)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from anytime_contestants import Contestant, contestants
+from arguments import check_counts, check_device, check_outputs
 from rounds import say
 from step import processor
 from torch import Tensor
@@ -65,10 +66,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw accuracy against mean timesteps")
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
     options = parser.parse_args(argv)
-    for name in ("images", "batch", "rounds", "batches", "singles", "threads"):
-        value = getattr(options, name)
-        require(value is None or value >= 1, f"--{name} {value}: must be at least 1")
-    require(options.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU here")
+    check_counts(options, "images", "batch", "rounds", "batches", "singles", "threads")
+    check_device(options.device)
+    check_outputs(options, "json", "figure", "markdown")
     return options
 
 

@@ -17,15 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from arguments import check_counts, check_outputs
 
 from tdkd_dist import distributed
 from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.config import Config, StudentConfig, TrainConfig
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.mistakes import require
 from tdkd_dist.run.progress import Progress, list_checkpoints
-from tdkd_dist.students import create_student
+from tdkd_dist.students import create_student, spiking_names
 from tdkd_dist.training import checkpoint
 from tdkd_dist.training.engine import Engine
+
+STUDENTS = ["sew_resnet18", "sew_resnet34", "sew_resnet101"]
 
 
 def main(argv: list[str]) -> int:
@@ -36,13 +39,14 @@ def main(argv: list[str]) -> int:
 def compare(argv: list[str]) -> None:
     """Measure, and print the table. Raises `Mistake`."""
     parser = Parser(__doc__)
-    parser.add_argument("--student", nargs="+", default=["sew_resnet18", "sew_resnet34", "sew_resnet101"])
+    parser.add_argument("--student", nargs="+", choices=spiking_names(), metavar="STUDENT", default=STUDENTS)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
     args = parser.parse_args(argv)
-    if not args.folder.is_dir():
-        raise Mistake(f"--folder {args.folder}: no such folder")
+    require(args.folder.is_dir(), f"--folder {args.folder}: no such folder")
+    check_counts(args, "rounds")
+    check_outputs(args, "markdown")
     lines = [
         f"One rank, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};"
         f" median of {args.rounds} rounds (least to most).",

@@ -6,12 +6,14 @@ Counted in the source of `tests/`: `assert` statements, expected errors and warn
 and calls of comparisons that raise by themselves (`assert_close`, `assert_allclose`, ...). And what pytest collects.
 """
 
-import argparse
 import ast
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+
+from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.mistakes import require
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -28,11 +30,17 @@ def kind_of(node: ast.AST) -> str | None:
     return "comparisons that raise" if name.startswith("assert_") else None
 
 
-def main() -> int:
-    """Print a line a kind, and the number of collected tests."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    """Count and tell; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    return run_tool(lambda: count(argv))
+
+
+def count(argv: list[str]) -> None:
+    """Print a line a kind, and the number of collected tests. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("--root", type=Path, default=ROOT, help="count this checkout")
-    root = parser.parse_args().root
+    root = parser.parse_args(argv).root
+    require((root / "tests").is_dir(), f"--root {root}: no folder tests is there")
     kinds = Counter(
         kind
         for path in (root / "tests").rglob("*.py")
@@ -46,8 +54,7 @@ def main() -> int:
     if listed.returncode != 0:  # a checkout from before pytest-xdist
         listed = subprocess.run(collect[:-1], cwd=root, capture_output=True, text=True, check=True)
     print("collected tests:", sum(int(line.rsplit(": ", 1)[1]) for line in listed.stdout.splitlines() if ": " in line))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

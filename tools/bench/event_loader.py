@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
+from arguments import check_counts, check_outputs
 from rounds import ratio, say
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -80,7 +81,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=Path)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check_counts(options, "frames", "size", "batch", "workers", "rounds")
+    check_outputs(options, "markdown")
+    return options
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ The cases are spread over the areas of `tools/bench/faults/`. A fault is an exce
 with control characters, or more than `LIMIT_S`; it is printed with the seed that repeats it: `--repeat AREA SEED`.
 """
 
-import argparse
 import random
 import signal
 import sys
@@ -17,10 +16,11 @@ from collections import Counter
 from pathlib import Path
 from types import FrameType
 
+from arguments import check_counts, check_outputs
 from faults import Case, areas
 
-from tdkd_dist.command_line import publish
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.command_line import Parser, publish, run_tool
+from tdkd_dist.mistakes import Mistake, require
 from tdkd_dist.run.log import format_seconds
 
 LIMIT_S = 20
@@ -59,16 +59,25 @@ def attempt(case: Case, seed: str) -> bool:
         signal.signal(signal.SIGALRM, before)
 
 
-def main() -> int:
-    """Run the campaign; the exit status is 1 if there was a fault."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    """Run the campaign; the exit status: 0 no fault, 1 there was one, 2 a user's mistake, told in one line."""
+    return run_tool(lambda: campaign(argv))
+
+
+def campaign(argv: list[str]) -> int:
+    """The campaign; the exit status. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("--cases", type=int, default=10_000, help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--area", action="append", choices=sorted(areas()), help="only these")
     parser.add_argument("--repeat", nargs=2, metavar=("AREA", "SEED"), help="one case again, with its traceback")
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    check_counts(args, "cases")
+    check_outputs(args, "markdown")
     if args.repeat:
+        area = args.repeat[0]
+        require(area in areas(), f"--repeat {area}: no such area; choose from {', '.join(sorted(areas()))}")
         print("taken" if attempt(areas()[args.repeat[0]], args.repeat[1]) else "refused")
         return 0
     chosen = {name: case for name, case in areas().items() if not args.area or name in args.area}
@@ -102,4 +111,4 @@ def try_area(name: str, case: Case, cases: int, seed: int) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

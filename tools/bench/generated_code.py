@@ -31,8 +31,11 @@ from typing import Any
 import fake_cuda
 import timm
 import torch
+from arguments import check_counts, check_outputs
 from torch import fx, nn
 
+from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.mistakes import Mistake, require
 from tdkd_dist.neurons import SpikingNeuron
 from tdkd_dist.students import spiking_names
 from tdkd_dist.training.compilation import compile_training
@@ -191,9 +194,14 @@ def plain(network: str) -> str:
     return "resnet" + re.sub(r"\D", "", network)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Count and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    """Count and tell; the exit status: 0 done, 2 a user's mistake or another torch, told in one line."""
+    return run_tool(lambda: compare(parse(argv)))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("--network", nargs="+", default=["sew_resnet18"], help="students, or timm's ResNets")
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=64, help="images a student sees (default: 64)")
@@ -205,6 +213,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, help="write the table there")
     parser.add_argument("--code", type=Path, help="write the generated code into this folder")
     options = parser.parse_args(argv)
+    for name in options.network:
+        require(timm.is_model(name), f"--network {name}: no student, and timm has no such network")
+        require(timm.is_model(plain(name)), f"--network {name}: timm has no {plain(name)} to compare it with")
+    check_counts(options, "batch", "size", "timesteps")
+    budget = options.activation_budget
+    require(0 < budget <= 1, f"--activation-budget {budget}: must be above 0 and at most 1")
+    check_outputs(options, "markdown")
+    require(options.code is None or not options.code.is_file(), f"--code {options.code}: a file; name a folder")
+    return options
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Count and print the table. Raises `Mistake` where torch is not the one that the stubs are made for."""
     torch.set_num_threads(1)
     networks = list(dict.fromkeys([*options.network, *map(plain, options.network)]))
     counts = []
@@ -224,13 +245,11 @@ def main(argv: list[str] | None = None) -> int:
                 counts.append(count(setting, write_to=options.code))
                 print(f"{network}, {variant}: {counts[-1].moved / MIB:,.0f} MiB", file=sys.stderr, flush=True)
     except fake_cuda.StubError as error:
-        print(error, file=sys.stderr)
-        return 2
+        raise Mistake(str(error)) from error
     text = as_markdown(counts)
     print(text)
     if options.markdown is not None:
         options.markdown.write_text(text + "\n")
-    return 0
 
 
 def as_markdown(counts: list[Count]) -> str:
@@ -272,4 +291,4 @@ def short(dtype: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

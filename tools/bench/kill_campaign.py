@@ -9,7 +9,6 @@ many kills hit one being written. Survived means: the final weights equal the re
 it stopped: finished runs are kept in WORK/kills.jsonl.
 """
 
-import argparse
 import json
 import os
 import random
@@ -24,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import psutil
+from arguments import check_counts, check_outputs
 from PIL import Image
 from safetensors.torch import load_file
 
-from tdkd_dist.command_line import publish
+from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.data.beton.writing import write
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.run.folder import RunFolder
@@ -54,14 +54,21 @@ LONG, SHORT = Length(600, 200), Length(480, 50)
 """The campaign's and CI's: 1,440 steps, of which 900 may pass in the 35 s until Slurm has missed a node's daemon."""
 
 
-def main() -> int:
-    """Run the campaign; the exit status is 1 if a kill was not survived."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    """Run the campaign; the exit status: 0 all survived, 1 a run failed, 2 a user's mistake."""
+    return run_tool(lambda: campaign(argv))
+
+
+def campaign(argv: list[str]) -> int:
+    """The campaign; the exit status. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--count", type=int, default=20, help="runs, each killed in every way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    check_counts(args, "count")
+    check_outputs(args, "markdown")
     work: Path = args.work.absolute()
     data = prepare(work)
     reference = run_reference(work, data)
@@ -114,7 +121,7 @@ def start(data: Path, folder: Path, length: Length, *, saves: bool = True) -> su
 
 
 def run_reference(work: Path, data: Path, length: Length = LONG) -> RunFolder:
-    """The unhurt run, which needs no checkpoints."""
+    """The unhurt run, which needs no checkpoints. Raises `SystemExit` with what it said if it fails."""
     folder = RunFolder(work / "reference")
     process = start(data, folder.path, length, saves=False)
     output, _ = process.communicate(timeout=PATIENCE_S)
@@ -248,4 +255,4 @@ def summarise(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from arguments import check_counts, check_outputs
 
 from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.config import Config
@@ -35,14 +36,17 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """The command line. Raises `Mistake`."""
     parser = Parser(__doc__)
     parser.add_argument("recipe")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, help="a forward pass; otherwise the recipe's micro-batch")
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    check_counts(args, "rounds", "images")
+    check_outputs(args, "markdown")
+    return args
 
 
 def measure(args: argparse.Namespace) -> None:

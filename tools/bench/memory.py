@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from arguments import check_outputs
 from rounds import Worker, compete
-from step import describe, parse
+from step import check_networks, describe, parse
 from step_contestants import make_config
 
 from tdkd_dist.command_line import Parser, publish, run_tool
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.mistakes import Mistake, require
 from tdkd_dist.students import create_student
 from tdkd_dist.students.resnet import SpikingResNetBase
 
@@ -39,6 +40,7 @@ def compare(argv: list[str]) -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
     args = parser.parse_args(argv)
+    check_outputs(args, "markdown")
     publish(measure(args), args.markdown)
 
 
@@ -50,6 +52,8 @@ def measure(args: argparse.Namespace) -> str:
         timesteps = [int(text) for text in args.timesteps.split(",")]
     except ValueError as error:
         raise Mistake(f"--timesteps {args.timesteps}: give numbers separated by commas") from error
+    require(min(timesteps) >= 1, f"--timesteps {args.timesteps}: must be at least 1")
+    check_networks(options, ["resnet", "student"])
     student = create_student(make_config(options).student)
     assert isinstance(student, SpikingResNetBase)
     stages = list(range(1, student.num_stages + 1))

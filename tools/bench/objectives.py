@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tdkd_dist.command_line import Parser, cut_page, run_tool
+from tdkd_dist.command_line import Parser, check_output, cut_page, run_tool
 from tdkd_dist.files import write_text
 from tdkd_dist.mistakes import Mistakes, require
 from tdkd_dist.recipe import load_config
@@ -56,6 +56,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, default=RESULTS / "objectives.csv")
     parser.add_argument("--page", type=Path, help="a Markdown page with the marks")
     args = parser.parse_intermixed_args(argv)
+    for option, values in (("--variants", args.variants), ("--seeds", args.seeds)):
+        require("" not in values, f"{option} {','.join(values)}: a name is empty")
+    check_output(args.csv, "--csv")
     if args.page is not None:
         cut_page(args.page, *marks(args.recipe))
     return args

@@ -10,7 +10,7 @@ import statistics
 import sys
 
 from rounds import Worker, compete, ratio
-from step import describe, parse
+from step import check_networks, describe, parse
 
 from tdkd_dist.command_line import publish, run_tool
 from tdkd_dist.mistakes import Mistake
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> int:
 def compare(argv: list[str]) -> None:
     """Measure, and print the table. Raises `Mistake`."""
     options = parse(argv)
+    check_networks(options, ["full"])
     workers = {title: Worker([*argv, *extra], "full") for title, extra in VARIANTS.items()}
     results = compete(workers, options.rounds)
     facts = describe(options)

@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from arguments import check_counts, check_outputs
+
 from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.mistakes import Mistake
 
@@ -36,7 +38,9 @@ def measure(argv: list[str]) -> None:
     parser.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and overrides")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    check_counts(args, "rounds")
+    check_outputs(args, "markdown")
     found = [start_once(args.settings) for _ in range(args.rounds + 1)][1:]
     publish(as_markdown(args.settings, found), args.markdown)
 

@@ -24,16 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import step_profile
+import timm
 import torch
+from arguments import check_counts, check_device, check_outputs
 from rounds import Worker, compete, ratio, say
-from step_contestants import CONTESTANTS, inputs
+from step_contestants import CONTESTANTS, inputs, make_config
 
 from tdkd_dist.command_line import Parser, publish, run_tool
 from tdkd_dist.files import write_json
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.mistakes import Mistake, require
+from tdkd_dist.students import choose_recomputed, create_student, is_spiking
 
 VARIANTS = ("eager", "eager channels_last", "compiled", "compiled channels_last")
 """Ways to run spikingjelly."""
+PEERS = tuple(f"sew_resnet{depth}" for depth in (18, 34, 50, 101, 152))
+"""The students that timm and spikingjelly have the like of."""
 
 
 def main(argv: list[str]) -> int:
@@ -46,6 +51,7 @@ def measure(argv: list[str]) -> int:
     options = parse(argv)
     if options.worker:
         return work(options)
+    check_networks(options, options.only.split(","))
     results = contest(options, argv)
     publish(as_markdown(options, results), options.markdown)
     if options.json:
@@ -84,12 +90,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     unknown = set(options.only.split(",")) - set(CONTESTANTS)
     if unknown:
         raise Mistake(f"--only {','.join(sorted(unknown))}: choose from {', '.join(CONTESTANTS)}")
-    for name in ("timesteps", "batch", "size", "rounds", "steps"):
-        if getattr(options, name) < 1:
-            raise Mistake(f"--{name} {getattr(options, name)}: must be at least 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise Mistake("--device cuda: no GPU here")
+    check_counts(options, "timesteps", "batch", "size", "rounds", "steps")
+    check_device(options.device)
+    check_outputs(options, "json", "markdown")
     return options
+
+
+def check_networks(options: argparse.Namespace, contestants: list[str]) -> None:
+    """Raise `Mistake`, before any process starts, where these contestants have no such network or setting."""
+    config = make_config(options)
+    student = create_student(config.student)
+    require(is_spiking(student), f"--student {options.student}: is no spiking network")
+    choose_recomputed(student, config)
+    lacking = [name for name in ("resnet", "spikingjelly") if name in contestants and options.student not in PEERS]
+    require(
+        not lacking,
+        f"--student {options.student}: nothing like it for {' and '.join(lacking)}; choose from {', '.join(PEERS)},"
+        " or other contestants with --only",
+    )
+    require(timm.is_model(options.teacher.partition(".")[0]), f"--teacher {options.teacher}: timm has no such model")
 
 
 def contest(options: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, Any]]:

@@ -18,9 +18,12 @@ from collections.abc import Callable
 
 import timm
 import torch
+from arguments import check_counts, check_device
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.mistakes import require
 from tdkd_dist.neurons import NeuronConfig
 from tdkd_dist.students import spiking_names
 
@@ -77,7 +80,7 @@ class _Reset(nn.Module):
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Median seconds of a step and peak MiB above what the process held before the first step."""
     torch.manual_seed(0)
-    device, cuda = torch.device(options.device), options.device.startswith("cuda")
+    device, cuda = torch.device(options.device), options.device == "cuda"
     layout = torch.contiguous_format if options.peer else torch.channels_last
     net = build(options.only, options.peer, options.timesteps)
     assert isinstance(net, nn.Module)
@@ -104,11 +107,16 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main() -> None:
-    """Print the table, or with `--only` one network's figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> int:
+    """Measure and tell; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    return run_tool(lambda: compare(parse(argv), argv))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises `Mistake`."""
+    parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", help="students to measure; all of them unless given")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--timesteps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")
@@ -117,7 +125,17 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile ours (spikingjelly runs as it is)")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args(argv)
+    for name in options.names:
+        require(name in spiking_names(), f"{name}: no such student; choose from {', '.join(spiking_names())}")
+    check_counts(options, "timesteps", "batch", "size", "steps")
+    require(options.warmup >= 0, f"--warmup {options.warmup}: must be at least 0")
+    check_device(options.device)
+    return options
+
+
+def compare(options: argparse.Namespace, argv: list[str]) -> None:
+    """Print the table, or with `--only` one network's figures as JSON. Raises `SystemExit` if a network fails."""
     if options.only:
         print(json.dumps(measure(options)))
         return
@@ -125,19 +143,22 @@ def main() -> None:
     print(f"T={options.timesteps}, {images}, {options.device}, torch {torch.__version__}")
     print("\n| student | step, s | spikingjelly, s | peak, MiB | spikingjelly, MiB |\n|---|---|---|---|---|")
     for name in options.names or spiking_names():
-        ours = _run(name)
-        peer = _run(name, "--peer") if name in PEERS else None
+        ours = _run(name, argv)
+        peer = _run(name, argv, "--peer") if name in PEERS else None
         theirs = (f"{peer['seconds']:.2f}", f"{peer['mib']:.0f}") if peer else ("-", "-")
         print(f"| {name} | {ours['seconds']:.2f} | {theirs[0]} | {ours['mib']:.0f} | {theirs[1]} |", flush=True)
 
 
-def _run(name: str, *extra: str) -> dict[str, float]:
-    names = [text for text in sys.argv[1:] if text not in spiking_names()]
-    command = [sys.executable, __file__, *names, "--only", name, *extra]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def _run(name: str, argv: list[str], *extra: str) -> dict[str, float]:
+    settings = [text for text in argv if text not in spiking_names()]
+    command = [sys.executable, __file__, *settings, "--only", name, *extra]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        raise SystemExit(f"{' '.join([name, *extra])}: {said[-1] if said else f'exit status {done.returncode}'}")
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

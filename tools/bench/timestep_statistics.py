@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from arguments import check_counts, check_outputs
 from torch import Tensor, nn
 
 from tdkd_dist.anytime import AnytimeStudent
@@ -60,14 +61,17 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """The command line. Raises `Mistake`."""
     parser = Parser(__doc__)
     parser.add_argument("student", type=Path)
     parser.add_argument("train", type=Path)
     parser.add_argument("val", type=Path)
     parser.add_argument("--images", type=int, default=3000, help="of the training set, drawn at random")
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_counts(args, "images")
+    check_outputs(args, "markdown")
+    return args
 
 
 @torch.no_grad()

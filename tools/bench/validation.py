@@ -9,29 +9,47 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
+from arguments import check_counts, check_device
 
+from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.data.normalise import Normalise
+from tdkd_dist.mistakes import require
+from tdkd_dist.students import spiking_names
 from tdkd_dist.validate import validate
 
 
-def main() -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sew_resnet18")
-    parser.add_argument("--device", default="cpu")
+def main(argv: list[str]) -> int:
+    """Measure and tell; the exit status: 0 done, 2 a user's mistake, told in one line."""
+    return run_tool(lambda: compare(parse(argv)))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises `Mistake`."""
+    parser = Parser(__doc__)
+    parser.add_argument("--model", default="sew_resnet18", choices=spiking_names(), metavar="STUDENT")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--timesteps", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.05, help="of the images whose activity is counted")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    check_counts(options, "size", "batch", "batches", "timesteps", "rounds")
+    require(0 <= options.share <= 1, f"--share {options.share}: must be in 0 to 1")
+    check_device(options.device)
+    return options
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Measure and print the table."""
     times = measure(options)
     bare = times["bare forward passes"]
     print(
@@ -90,4 +108,4 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

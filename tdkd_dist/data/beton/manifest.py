@@ -5,6 +5,7 @@ each picture. A file without a manifest, as ffcv-imagenet writes it, is welcome;
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class WriteOptions:
             f"--quality {self.quality}: must be in 1 to 100": 1 <= self.quality <= 100,
             f"--subset {self.subset}: must be a number of pictures, or a share between 0 and 1": self.subset is None
             or 0 < self.subset < 1
-            or self.subset == int(self.subset) > 0,
+            or (math.isfinite(self.subset) and self.subset == int(self.subset) > 0),
             f"--holdout {self.holdout}: must be at least 1, or 0 for none": self.holdout >= 0,
             f"--on-error {self.on_error}: must be stop or skip": self.on_error in ("stop", "skip"),
         }

@@ -31,5 +31,7 @@ def _open(path: Path, split: str | None, labels: Path | None) -> Source:
         if source is not None:
             return InTeacherOrder(source)
     if path.is_dir():
+        if split is None:
+            archives.refuse_both(path, {part for part in archives.HALVES if (path / part).is_dir()})
         return FolderSource(path)  # its order is that of the sorted names, and so is timm's
     raise Mistake(f"{path}: neither pictures in class folders, tar, parquet, idx nor CIFAR files")

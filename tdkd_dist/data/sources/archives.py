@@ -35,6 +35,15 @@ TESTS = {"train": (), "val": ("test",)}
 """What is validated on where there is no validation set, as in CIFAR."""
 
 
+HALVES = PREFIXES | {"test": TESTS["val"]}
+
+
+def refuse_both(path: Path, parts: set[str]) -> None:
+    """Raise `Mistake` where nobody said which of what is trained, validated and tested on is wanted."""
+    if "train" in parts and len(parts) > 1:
+        raise Mistake(f"{path}: holds {' and '.join(sorted(parts, key=['train', 'val', 'test'].index))}; say --split")
+
+
 def open_archive(path: Path, split: str | None, labels: Path | None) -> Source | None:
     """The tar, WebDataset, parquet or flat source at `path`, None if it is none of these."""
     if path.is_file():
@@ -46,6 +55,8 @@ def open_archive(path: Path, split: str | None, labels: Path | None) -> Source |
     for suffix in (".parquet", ".tar"):
         found = [p for p in files if p.suffix == suffix]
         if found:
+            if split is None and path.is_dir():
+                refuse_both(path, {part for part in HALVES if of_split(found, part, HALVES)})
             chosen = of_split(found, split, PREFIXES) or of_split(found, split, TESTS) if path.is_dir() else found
             if not chosen:
                 raise Mistake(f"{path}: no {suffix} file for --split {split}")
@@ -204,8 +215,8 @@ class TreeTarSource(EncodedSource):
         parts = {part for m in pictures for part in PurePosixPath(m.name).parts[:-2]}
         if self._split in parts:
             pictures = [m for m in pictures if self._split in PurePosixPath(m.name).parts[:-2]]
-        elif len(parts & {"train", "val"}) > 1:
-            raise Mistake(f"{self.path}: holds {' and '.join(sorted(parts & {'train', 'val'}))}; say --split")
+        elif self._split is None:
+            refuse_both(self.path, parts & set(HALVES))
         index = Index(self.files)
         for member in pictures:
             index.add(0, member.offset_data, member.size, member.name)

@@ -94,13 +94,15 @@ def decode_image(data: bytes | Path, name: str) -> Image:
     import io
 
     from PIL import Image as Pillow
+    from PIL import UnidentifiedImageError
 
     try:
         content = read_regular(data) if isinstance(data, Path) else data
         with Pillow.open(io.BytesIO(content), formats=FORMATS) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
-        raise Mistake(f"{name}: not a readable picture: {one_line(error)}") from error
+        what = "of no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise Mistake(f"{name}: not a readable picture: {what}") from error
 
 
 def one_line(error: BaseException) -> str:
