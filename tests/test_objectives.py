@@ -52,10 +52,15 @@ def test_rows_that_are_there_are_not_run_and_the_tables_are_the_t_tests(results,
     assert tables in capsys.readouterr().out
 
 
-def test_other_settings_are_other_runs(results, tmp_path, monkeypatch):
+def test_other_settings_are_other_runs(results, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(objectives, "run", lambda args, variant, seed: asked.append((variant, seed)))
-    assert objectives.main(arguments(results, "--variants=all", "--seeds=0", "train.epochs=9")) == 1
+    others = [*arguments(results, "--variants=all", "--seeds=0", "train.epochs=9")]
+    before = (results / "page.md").read_text()
+    assert objectives.main(others) == 2  # the page's table would lose the rows of these
+    assert "o.csv has rows of fashion_sew with no settings, which its tables would lose" in capsys.readouterr().err
+    assert (results / "page.md").read_text() == before
+    assert objectives.main([text for text in others if not text.startswith("--page")]) == 1
     assert asked == [("all", "0")]
 
 

@@ -72,6 +72,8 @@ def campaign(args: argparse.Namespace) -> int:
         with found.gathered():
             load_config(args.recipe, [f"variant={variant}", f"run.seed={seed}", *args.settings])
     found.tell()
+    if args.page is not None:
+        refuse_to_lose(args)
     done = {(row["variant"], row["seed"]) for row in own_rows(args)}
     missing = [member for member in wanted if member not in done]
     failed, took = [], []
@@ -90,6 +92,17 @@ def campaign(args: argparse.Namespace) -> int:
     print(tables(args))
     print("failed: " + ", ".join(failed) if failed else f"rows: {args.csv}")
     return 1 if failed else 0
+
+
+def refuse_to_lose(args: argparse.Namespace) -> None:
+    """Raise `Mistake` where the page's tables would lose the rows of other settings."""
+    others = {r["settings"] for r in read_rows(args.csv) if r["recipe"] == args.recipe} - {" ".join(args.settings)}
+    shown = " or with ".join(sorted(other or "no settings" for other in others))
+    require(
+        not others,
+        f"--page {args.page}: {args.csv} has rows of {args.recipe} with {shown}, which its tables would lose:"
+        " give those settings, or a --csv of your own and no --page",
+    )
 
 
 def run(args: argparse.Namespace, variant: str, seed: str) -> Row | None:
