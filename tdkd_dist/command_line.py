@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 def run_tool(action: Callable[[], int | None], name: str = "error") -> int:
     """Do `action`; its exit status, 0 if it gives none, or 2 for a `Mistake`, told line by line after `name`.
 
-    As a shell has it, 130 after Ctrl-C and 141 where nobody reads on, as after `| head`.
+    130 after Ctrl-C, as a shell has it; 0 where nobody reads on, as after `| head`.
     """
     try:
         status = action() or 0
@@ -42,7 +42,7 @@ def run_tool(action: Callable[[], int | None], name: str = "error") -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its exit
-        return 141
+        return 0
     except Mistake as mistake:
         for line in mistake.lines:
             print(f"{name}: {line}", file=sys.stderr)

@@ -145,8 +145,7 @@ class TeacherConfig(Section):
     image_size: int | None = limited(None, ">= 1", most=4096)
     """Resize the student's crops to this for the teacher; None: it sees them as they are, where its model allows."""
     min_top1: float = limited(0.0, "[0, 100]", "per cent")
-    """Stop before training if the teacher's top-1 on the validation set, in per cent, is below this, unless its weights
-    are random because `pretrained` is false."""
+    """Stop before training if the teacher's top-1 on the validation set, in per cent, is below this."""
 
     @property
     def is_random(self) -> bool:

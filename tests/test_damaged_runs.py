@@ -50,9 +50,16 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("valid"), "valid")
 
 
+def of_another_seed(run: RunFolder) -> None:
+    text = run.config_file.read_text()
+    assert "\n  seed: 0\n" in text
+    run.config_file.write_text(text.replace("\n  seed: 0\n", "\n  seed: 1\n"))
+
+
 def damaged(root: Path, valid: Path, file: str, damage: Callable[[Path], object]) -> RunFolder:
     """A copy of a finished run of which one file is damaged."""
     run = RunFolder(Path(shutil.copytree(valid, root / "damaged")))
+    of_another_seed(run)  # a run given twice is refused
     run.write_job("local", "999999999", run.path)
     run.log_file.write_text("  step 5/10 of epoch 1/3\n")
     run.heartbeat.mkdir()

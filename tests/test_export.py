@@ -314,7 +314,7 @@ def test_a_library_that_is_not_there_is_named(file, tmp_path, capsys, monkeypatc
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nir" else there(name))
     assert export_tool.main([str(file), str(tmp_path / "s.nir"), "--format", "nir"]) == 2
-    assert "needs nir: pip install 'tdkd-dist[export]'" in capsys.readouterr().err
+    assert "needs nir: pip install -e '.[export]'" in capsys.readouterr().err
 
 
 def test_the_student_s_own_file_is_not_overwritten(file, capsys):

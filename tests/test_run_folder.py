@@ -173,6 +173,19 @@ def test_the_record_forgets_what_a_resumed_run_does_again(tmp_path, config):
     assert all(json.loads(line) for line in folder.metrics_file.read_text().splitlines())
 
 
+def test_a_validation_that_comes_again_is_recorded_once(tmp_path, config):
+    """Told to stop at an epoch's last step a run saves first: what it then validates may be lost to a kill."""
+    folder = RunFolder(tmp_path)
+    record = Record(folder, config, Log(folder.log_file), wandb_id=None, global_step=-1)
+    rows = [{"epoch": 0, "global_step": 10, "train/loss": 1.0}, {"epoch": 1, "global_step": 10, "val/top1_t1": 50.0}]
+    for row in rows:
+        record.write(row)
+    Record(folder, config, Log(folder.log_file), wandb_id=None, global_step=10)
+    assert list(read_rows(folder.metrics_file)) == rows
+    Record(folder, config, Log(folder.log_file), wandb_id=None, global_step=10, validates_again=True)
+    assert list(read_rows(folder.metrics_file)) == rows[:1]
+
+
 @pytest.mark.parametrize("left", ['{"epoch": 0, "glo', '{"epoch": 0, "global_step": 2}', "[1]\n\udcff\n", ""])
 def test_what_a_crash_cut_short_does_not_swallow_the_next_row(tmp_path, config, left):
     folder = RunFolder(tmp_path)

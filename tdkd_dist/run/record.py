@@ -20,7 +20,16 @@ NUMBERS = {int, float}
 class Record:
     """`metrics.jsonl` and W&B, if this rank speaks. Trouble with W&B is told once and never stops the run."""
 
-    def __init__(self, folder: RunFolder, config: Config, log: Log, *, wandb_id: str | None, global_step: int) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: Config,
+        log: Log,
+        *,
+        wandb_id: str | None,
+        global_step: int,
+        validates_again: bool = False,
+    ) -> None:
         self._log = log
         self._folder = folder
         self._active = log.speaks
@@ -29,7 +38,7 @@ class Record:
         """Rows that a full disk would not take yet."""
         self.wandb_id = wandb_id
         if self._active:
-            _drop_rows_after(folder.metrics_file, global_step)
+            _drop_rows_after(folder.metrics_file, global_step, validates_again=validates_again)
             self._start_wandb(config)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -187,15 +196,20 @@ def _format_exit(found: dict[str, Any]) -> list[str]:
     return lines + ([f"energy: {found['exit_energy_mj']:.4g} mJ an image"] if "exit_energy_mj" in found else [])
 
 
-def _drop_rows_after(path: Path, global_step: int) -> None:
-    """Forget what a resumed run will do again, and what a crash cut short; rows are in the order of their steps."""
+def _drop_rows_after(path: Path, global_step: int, *, validates_again: bool) -> None:
+    """Forget what a resumed run will do again, and what a crash cut short; rows are in the order of their steps.
+
+    A checkpoint of the end of an epoch may be older than the validation there, which then comes again.
+    """
     if not is_there(path):
         return
     with opened(path) as stream:
         size = keep = stream.seek(0, os.SEEK_END)
         for start, line in lines_from_end(stream):
-            step = (parse_mapping(line) or {}).get("global_step")
-            if start + len(line) < size and isinstance(step, int) and step <= global_step:
+            row = parse_mapping(line) or {}
+            step = row.get("global_step")
+            again = validates_again and step == global_step and any(key.startswith("val/") for key in row)
+            if start + len(line) < size and isinstance(step, int) and step <= global_step and not again:
                 break
             keep = start
     if keep < size:

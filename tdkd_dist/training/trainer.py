@@ -171,7 +171,14 @@ class Trainer:
             log.say(f"resumed after epoch {progress.epoch}, at step {progress.global_step}")
         last_step = progress.global_step if restored else -1
         parts.heartbeat.beat("starting W&B", 0)
-        record = Record(parts.folder, config, log, wandb_id=progress.wandb_id, global_step=last_step)
+        record = Record(
+            parts.folder,
+            config,
+            log,
+            wandb_id=progress.wandb_id,
+            global_step=last_step,
+            validates_again=progress.step_in_epoch > 0,
+        )
         progress.wandb_id = record.wandb_id
         for note in parts.folder.notes_at(progress.global_step) if restored else []:
             log.say(note)
@@ -304,7 +311,7 @@ class Trainer:
                 "teacher/ece": found["ece"][0],
             }
         )
-        if found["top1"][0] < config.min_top1 and not config.is_random:
+        if found["top1"][0] < config.min_top1:
             raise Mistake(
                 f"teacher.min_top1={config.min_top1}: teacher {config.name} reaches {found['top1'][0]:.2f} % on"
                 " data.val; check its weights, the order of the classes and data.image_size"

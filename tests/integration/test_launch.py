@@ -73,7 +73,7 @@ def imagenet(folder) -> list[str]:
         f"recipe=imagenet_sew34 data.train={folder}/train.beton data.val={folder}/val.beton train.max_steps=3"
         " data.image_size=64 train.batch_size=8 launcher.gpus_per_node=0 launcher.tasks_per_node=2"
         " train.activation_budget=0.7"
-        f" teacher.pretrained=false teacher.min_top1=99 run.dir={folder}/imagenet"
+        f" teacher.pretrained=false teacher.min_top1=0 run.dir={folder}/imagenet"
     ).split()
 
 
