@@ -10,7 +10,7 @@ from typing import NoReturn
 from tdkd_dist.mistakes import Mistake, require
 
 MOST_TIMESTEPS = 1024
-"""As in the configuration."""
+"""As `student.num_timesteps`; the configuration is above this."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from tdkd_dist.command_line import check_output, run_tool
+from tdkd_dist.command_line import MOST_TIMESTEPS, check_output, check_timesteps, run_tool
+from tdkd_dist.config import StudentConfig
 from tdkd_dist.mistakes import Mistake
 
 
@@ -42,3 +43,14 @@ def test_where_nothing_can_be_written(name, message, tmp_path):
     with pytest.raises(Mistake, match=f"^--out .*: {message}$"):
         check_output(tmp_path / name, "--out")
     check_output(tmp_path / "x.json", "--out")
+
+
+def test_the_tools_take_as_many_timesteps_as_the_configuration():
+    for timesteps in (1, MOST_TIMESTEPS):
+        check_timesteps(timesteps)
+        StudentConfig(num_timesteps=timesteps)
+    for timesteps in (0, MOST_TIMESTEPS + 1):
+        with pytest.raises(Mistake):
+            check_timesteps(timesteps)
+        with pytest.raises(Mistake):
+            StudentConfig(num_timesteps=timesteps)
