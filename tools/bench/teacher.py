@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from arguments import check_counts, check_outputs
@@ -28,10 +29,10 @@ from tdkd_dist.metrics import TimestepCounts
 from tdkd_dist.mistakes import require
 from tdkd_dist.recipe import load_config
 from tdkd_dist.report.tables import markdown
-from tdkd_dist.teachers import Teacher, create_teacher
+from tdkd_dist.teachers import Teacher, create_teacher, fetch_weights
 from tdkd_dist.training.engine import use_bf16
 
-BATCH = 64
+DEVICE = torch.device("cpu")
 
 
 def main(argv: list[str]) -> int:
@@ -56,45 +57,50 @@ def measure(args: argparse.Namespace) -> int:
     """Both sets' rows. Raises `Mistake` for a recipe without a teacher, and for what it names and is not there."""
     config = load_config(args.recipe, args.settings)
     require(config.needs_teacher, f"recipe={args.recipe}: it has no teacher")
-    device, classes = torch.device("cpu"), config.student.num_classes
     workers = config.data.workers or distributed.cores_per_rank()
-    val = make_val_loader(config.data, batch_size=BATCH, rank=0, world_size=1, device=device, workers=workers)
+    options: dict[str, Any] = {"rank": 0, "world_size": 1, "device": DEVICE, "workers": workers}
+    val = make_val_loader(config.data, batch_size=config.micro_batch, **options)
     train = make_train_loader(
         config.data,
-        batch_size=BATCH,
-        micro_batch=BATCH,
-        rank=0,
-        world_size=1,
+        batch_size=config.train.batch_size,
+        micro_batch=config.micro_batch,
         seed=config.run.seed,
-        device=device,
-        workers=workers,
+        **options,
     )
-    names, channels = val.class_names, config.student.in_chans
-    teacher = create_teacher(config.teacher, config.data, num_classes=classes, in_chans=channels, class_names=names)
+    name = config.teacher.name
+    assert name is not None
+    fetched = config.teacher.pretrained and config.teacher.checkpoint is None
+    teacher = create_teacher(
+        config.teacher,
+        config.data,
+        num_classes=config.student.num_classes,
+        in_chans=config.student.in_chans,
+        weights_file=fetch_weights(name) if fetched else None,
+        class_names=val.class_names,
+    ).to(memory_format=torch.channels_last)
     tau = f"{config.loss.temperature:g}"
     rows = [["pictures", "images", "top-1", "cross-entropy", "ECE", "sureness", f"sureness at temperature {tau}"]]
     try:
-        for name, batches in (("train", train.epoch(0)), ("val", iter(val))):
-            rows.append([name, *sureness(teacher, islice(batches, -(-args.images // BATCH)), config)])
+        for pictures, batches in (("train", train.epoch(0)), ("val", iter(val))):
+            rows.append([pictures, *sureness(teacher, islice(batches, -(-args.images // config.micro_batch)), config)])
     finally:
         train.close()
         val.close()
-    publish(f"{config.teacher.name} of {args.recipe}: {'; '.join(teacher.notes)}\n\n{markdown(rows)}", args.markdown)
+    publish(f"{name} of {args.recipe}: {'; '.join(teacher.notes)}\n\n{markdown(rows)}", args.markdown)
     return 0
 
 
 @torch.no_grad()
 def sureness(teacher: Teacher, batches: Iterable[Batch], config: Config) -> tuple[str, str, str, str, str, str]:
     """A row's figures, as text."""
-    device = torch.device("cpu")
     normalise = Normalise(*config.data.normalisation(config.student.in_chans))
     plain, soft = TimestepCounts(), TimestepCounts()
     for images_BCHW, labels_B in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config, device)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16(config, DEVICE)):
             logits_BK = teacher(normalise(images_BCHW)).float()
         plain.update(logits_BK.unsqueeze(0), labels_B)
         soft.update(logits_BK.unsqueeze(0) / config.loss.temperature, labels_B)
-    found, softened = plain.summary(1, device), soft.summary(1, device)
+    found, softened = plain.summary(1, DEVICE), soft.summary(1, DEVICE)
     top1, loss, ece, confidence = (found[key][0] for key in ("top1", "loss", "ece", "confidence"))
     softly = softened["confidence"][0]
     return f"{found['samples']:.0f}", f"{top1:.2f} %", f"{loss:.3f}", f"{ece:.3f}", f"{confidence:.3f}", f"{softly:.3f}"
