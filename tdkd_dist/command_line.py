@@ -56,6 +56,11 @@ def check_output(path: Path, option: str) -> None:
     require(os.access(path.parent, os.W_OK), f"{option} {path}: {path.parent} cannot be written to; choose another")
 
 
+def check_input(path: Path | None) -> None:
+    """Raise `Mistake`, before the work, unless a file or a folder is there, or none was asked for."""
+    require(path is None or path.exists(), f"{path}: no such file or folder")
+
+
 def check_timesteps(timesteps: int | None) -> None:
     """Raise `Mistake` unless `--timesteps` is what `student.num_timesteps` may be."""
     fits = timesteps is None or 1 <= timesteps <= MOST_TIMESTEPS

@@ -3,8 +3,9 @@
 Whatever else is raised is a crash: a traceback, exit status 1, and on a cluster another start.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class Mistake(ValueError):  # noqa: N818 (a fault of the user, not an error of ours)
@@ -43,6 +44,11 @@ class Mistakes:
             yield
         except Mistake as mistake:
             self.lines += [line for line in mistake.lines if line not in self.lines]
+
+    def gather(self, check: Callable[..., None], *args: Any) -> None:
+        """Keep the mistake that `check(*args)` raises."""
+        with self.gathered():
+            check(*args)
 
     def require(self, condition: bool, message: str) -> None:
         """Keep `message` unless `condition` holds."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tdkd_dist.config import Config, flatten
+from tdkd_dist.config import Config, StudentConfig, flatten
 from tdkd_dist.files import write_text
 from tdkd_dist.mistakes import Mistake, Mistakes, require
 
@@ -139,6 +139,20 @@ def _parse_choices(text: str) -> tuple[str, list[str]]:
         values = None
     require(isinstance(values, list) and len(values) > 0, f"sweep.{text}: a list is wanted, such as sweep.{key}=[1,2]")
     return key, [str(v) if not isinstance(v, bool) else str(v).lower() for v in values]
+
+
+def parse_student(pairs: list[str]) -> StudentConfig:
+    """A recipe's `student:` section of `key=value` texts alone. Raises `Mistake`, a line for each that does not fit."""
+    from omegaconf import OmegaConf
+
+    merged, found = OmegaConf.structured(Config), Mistakes()
+    for layer in _parse_overrides([f"student.{text}" for text in pairs], found):
+        with found.gathered():
+            merged = _merge(merged, layer)
+    student = _to_section(merged, "student", found)
+    found.tell()
+    assert isinstance(student, StudentConfig)
+    return student
 
 
 def read_config(path: Path) -> Config:
@@ -300,20 +314,24 @@ def _apart(layer: Any) -> list[dict[str, Any]]:
 
 def _to_config(merged: Any, found: Mistakes) -> Config:
     """The checked configuration. Raises `Mistake` with those `found` before and all that are wrong with it."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    sections: dict[str, Any] = {}
-    for f in fields(Config):
-        with found.gathered():
-            try:
-                sections[f.name] = OmegaConf.to_object(merged[f.name])
-            except OmegaConfBaseException as error:
-                raise Mistake(_wrong_value(str(error.full_key), error)) from error
+    sections = {f.name: _to_section(merged, f.name, found) for f in fields(Config)}
     found.tell()
     config = Config(**sections)
     config.check()
     return config
+
+
+def _to_section(merged: Any, name: str, found: Mistakes) -> Any:
+    """A section of the configuration, None where it has mistakes, which are then `found`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    with found.gathered():
+        try:
+            return OmegaConf.to_object(merged[name])
+        except OmegaConfBaseException as error:
+            raise Mistake(_wrong_value(str(error.full_key), error)) from error
+    return None
 
 
 def _wrong_value(key: str, error: Exception) -> str:

@@ -131,6 +131,7 @@ def _own_classes(config: TeacherConfig, num_classes: int) -> int:
     assert config.name is not None
     if config.checkpoint is not None:
         layer = _default_cfg(config.name).get("classifier")
+        layer = layer[0] if isinstance(layer, tuple) else layer  # the others are auxiliary, of the same classes
         weight = read_tensors(config.checkpoint, "teacher.checkpoint").get(f"{layer}.weight")
         return num_classes if weight is None else weight.shape[0]
     if config.pretrained:

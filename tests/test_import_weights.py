@@ -152,7 +152,7 @@ def test_import_refuses_what_does_not_fit(tmp_path):
     cases = {
         ("num_classes=5",): "which wants student.neuron.kind=plif",
         ("num_classes=6", "neuron.kind=plif"): "has 5 classes, 6 wanted",
-        ("num_classes=5", "neuron.knd=plif"): "neuron.knd: no such key; did you mean neuron.kind?",
+        ("num_classes=5", "neuron.knd=plif"): "student.neuron.knd: no such key; did you mean student.neuron.kind?",
         ("num_classes=five",): "num_classes: ",
         ("num_classes=5", "neuron.kind=plif", "decay_input=maybe"): "decay_input=maybe: must be true or false",
         ("num_classes=5", "neuron.kind=if", "decay_input=true"): "decay_input=true: for SEW-ResNets with a leak",

@@ -96,15 +96,16 @@ IMAGENETTE = ["n01440764", "n02102040", "n03888257"]
 """The first, the 218th and the 702nd of ImageNet-1k's synsets."""
 
 
-def imagenet_teacher(tmp_path, **changes: object) -> TeacherConfig:
+def imagenet_teacher(tmp_path, name: str = "resnet10t") -> TeacherConfig:
     """Weights of 1,000 classes, as somebody hands them out."""
     torch.manual_seed(1)
-    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "imagenet.pt")
-    return TeacherConfig(name="resnet10t", checkpoint=str(tmp_path / "imagenet.pt"), **changes)
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "imagenet.pt")
+    return TeacherConfig(name=name, checkpoint=str(tmp_path / "imagenet.pt"))
 
 
-def test_a_teacher_of_imagenet_serves_a_part_of_its_classes(tmp_path):
-    config, x = imagenet_teacher(tmp_path), torch.randn(4, 3, 64, 64)
+@pytest.mark.parametrize("name", ["resnet10t", "levit_128s"])  # the latter has two classifiers, as what was distilled
+def test_a_teacher_of_imagenet_serves_a_part_of_its_classes(name, tmp_path):
+    config, x = imagenet_teacher(tmp_path, name), torch.randn(4, 3, 64, 64)
     every = create_teacher(config, DataConfig(), num_classes=1000, in_chans=3)
     some = create_teacher(config, DataConfig(), num_classes=3, in_chans=3, class_names=IMAGENETTE)
     assert torch.equal(some(x), every(x)[:, [0, 217, 701]])

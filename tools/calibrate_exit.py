@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from tdkd_dist.command_line import Parser, check_output, check_timesteps, run_tool
+from tdkd_dist.command_line import Parser, check_input, check_output, check_timesteps, run_tool
 from tdkd_dist.memory import keep_freed_memory
-from tdkd_dist.mistakes import require
+from tdkd_dist.mistakes import Mistakes
 
 
 def main(argv: list[str]) -> int:
@@ -41,10 +41,14 @@ def choose(argv: list[str]) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
-    check_output(args.out, "--out")
-    require(0 < args.fall <= 1, f"--fall {args.fall}: must be above 0 and at most 1")
-    require(args.workers >= 1, f"--workers {args.workers}: must be at least 1")
-    check_timesteps(args.timesteps)
+    found = Mistakes()
+    found.gather(check_input, args.student)
+    found.gather(check_input, args.heldout)
+    found.gather(check_output, args.out, "--out")
+    found.require(0 < args.fall <= 1, f"--fall {args.fall}: must be above 0 and at most 1")
+    found.require(args.workers >= 1, f"--workers {args.workers}: must be at least 1")
+    found.gather(check_timesteps, args.timesteps)
+    found.tell()
 
     from tdkd_dist.anytime import AnytimeStudent, Kind
     from tdkd_dist.calibration import FALL, calibrate, read_logits

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tdkd_dist.command_line import Parser, check_timesteps, run_tool
+from tdkd_dist.command_line import Parser, check_input, check_timesteps, run_tool
 from tdkd_dist.memory import keep_freed_memory
-from tdkd_dist.mistakes import Mistake, printable, require
+from tdkd_dist.mistakes import Mistake, Mistakes, printable, require
 
 TOP = 5
 BATCH = 64
@@ -36,7 +36,11 @@ def classify(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a picture")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    check_timesteps(args.timesteps)
+    found = Mistakes()
+    found.gather(check_input, args.student)
+    found.gather(check_input, args.exit)
+    found.gather(check_timesteps, args.timesteps)
+    found.tell()
     keep_freed_memory()
     answers, broken = answer(args)
     if args.json:

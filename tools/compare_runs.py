@@ -32,12 +32,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--tsne", type=int, default=1000, metavar="IMAGES", help="for t-SNE in the page; 0: leave it out"
     )
     args = parser.parse_args(argv)
-    if args.wandb is not None and args.wandb.count("/") != 1:
-        raise Mistake(f"--wandb {args.wandb}: must be ENTITY/PROJECT")
-    if args.figure is not None and args.figure.suffix not in (".png", ".pdf", ".svg"):
-        raise Mistake(f"--figure {args.figure}: its name must end with .png, .pdf or .svg")
-    if args.tsne < 0:
-        raise Mistake(f"--tsne {args.tsne}: must not be negative (0: leave it out)")
+    found = Mistakes()
+    found.require(args.wandb is None or args.wandb.count("/") == 1, f"--wandb {args.wandb}: must be ENTITY/PROJECT")
+    drawn = args.figure is None or args.figure.suffix in (".png", ".pdf", ".svg")
+    found.require(drawn, f"--figure {args.figure}: its name must end with .png, .pdf or .svg")
+    found.require(args.tsne >= 0, f"--tsne {args.tsne}: must not be negative (0: leave it out)")
+    found.tell()
     return args
 
 

@@ -20,9 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tdkd_dist.command_line import Parser, check_output, check_timesteps, run_tool
+from tdkd_dist.command_line import Parser, check_input, check_output, check_timesteps, run_tool
 from tdkd_dist.files import whole
-from tdkd_dist.mistakes import require
+from tdkd_dist.mistakes import Mistakes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,14 +51,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dt", type=float, default=1e-4, help="of NIR: the reader's time step in seconds")
     parser.add_argument("--host-stem", action="store_true", help="of NIR: the graph starts after the stem")
     args = parser.parse_args(argv)
-    check_output(args.dest, "DEST")
-    require(args.dest.resolve() != args.student.resolve(), f"{args.dest}: is the student's own file; name another")
-    check_timesteps(args.timesteps)
-    require(LEAST <= args.count <= 10_000, f"--count {args.count}: must be in {LEAST} to 10,000")
-    require(0 < args.dt <= 1, f"--dt {args.dt}: must be above 0 and at most 1")
-    require(not args.host_stem or args.format == "nir", "--host-stem: only of --format nir")
+    found = Mistakes()
+    for path in (args.student, *args.pictures):
+        found.gather(check_input, path)
+    found.gather(check_output, args.dest, "DEST")
+    found.require(
+        args.dest.resolve() != args.student.resolve(), f"{args.dest}: is the student's own file; name another"
+    )
+    found.gather(check_timesteps, args.timesteps)
+    found.require(LEAST <= args.count <= 10_000, f"--count {args.count}: must be in {LEAST} to 10,000")
+    found.require(0 < args.dt <= 1, f"--dt {args.dt}: must be above 0 and at most 1")
+    found.require(not args.host_stem or args.format == "nir", "--host-stem: only of --format nir")
     lacking = [name for name in NEEDS[args.format] if importlib.util.find_spec(name) is None]
-    require(not lacking, f"--format {args.format} needs {', '.join(lacking)}: pip install -e '.[export]'")
+    found.require(not lacking, f"--format {args.format} needs {', '.join(lacking)}: pip install -e '.[export]'")
+    found.tell()
     return args
 
 

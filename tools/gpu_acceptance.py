@@ -30,7 +30,7 @@ from typing import Any
 
 from tdkd_dist.command_line import Parser, check_output, run_tool
 from tdkd_dist.files import write_text
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.mistakes import Mistakes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "gpu.md"
@@ -93,22 +93,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.worker:
         return options
     names = options.only.split(",")
-    unknown = set(names) - set(CHECKS)
-    if unknown:
-        raise Mistake(f"--only {','.join(sorted(unknown))}: choose from {', '.join(CHECKS)}")
+    unknown, found = set(names) - set(CHECKS), Mistakes()
+    found.require(not unknown, f"--only {','.join(sorted(unknown))}: choose from {', '.join(CHECKS)}")
     options.names = [name for name in CHECKS if name in names]
-    if not options.seconds > 0:  # nor NaN
-        raise Mistake(f"--seconds {options.seconds:g}: must be positive")
+    found.require(options.seconds > 0, f"--seconds {options.seconds:g}: must be positive")  # nor NaN
     for name in ("markdown", "json"):
         path = getattr(options, name)
         if path is not None:
-            check_output(path, f"--{name}")
+            found.gather(check_output, path, f"--{name}")
     if options.device != "cpu":
         import torch
 
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise Mistake("--device cuda: no GPU here; --device cpu runs the reduced form")
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+        here = torch.cuda.is_available()
+        lacks = options.device == "cuda" and not here
+        found.require(not lacks, "--device cuda: no GPU here; --device cpu runs the reduced form")
+        options.device = "cuda" if here else "cpu"
+    found.tell()
     if options.markdown is None and options.device == "cuda" and len(options.names) == len(CHECKS):
         options.markdown = RESULTS
         check_output(RESULTS, "--markdown")

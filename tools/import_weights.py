@@ -11,36 +11,13 @@ true). What was trained with other constants than these says nothing: give the o
 its student is the start, and the file says that its images are the recipe's: size, mean, std, crop, frames.
 """
 
-import difflib
 import sys
 from pathlib import Path
 
 from tdkd_dist.command_line import Parser, check_output, run_tool
-from tdkd_dist.config import StudentConfig, flatten
-from tdkd_dist.mistakes import Mistake
-from tdkd_dist.recipe import load_config
+from tdkd_dist.mistakes import Mistake, Mistakes
+from tdkd_dist.recipe import load_config, parse_student
 from tdkd_dist.weights import import_student
-
-
-def parse_student(pairs: list[str]) -> StudentConfig:
-    """A `student:` section from `key=value` texts; `Mistake` naming the key for one that does not exist or fit."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
-    for text in pairs:
-        if "=" not in text:
-            raise Mistake(f"{text}: key=value wanted, such as model=sew_resnet34")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(StudentConfig), OmegaConf.from_dotlist(pairs))
-        student = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        near = difflib.get_close_matches(str(error.full_key), flatten(StudentConfig()), n=1)
-        if isinstance(error, ConfigKeyError):
-            reason = "no such key" + (f"; did you mean {near[0]}?" if near else "")
-        raise Mistake(f"{error.full_key}: {reason}") from error
-    assert isinstance(student, StudentConfig)
-    return student
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,19 +33,23 @@ def convert(arguments: list[str] | None) -> None:
     parser.add_argument("--format", required=True, choices=("official", "spikingjelly", "timm"))
     parser.add_argument("student", nargs="*", metavar="key=value", help="the student: section, and decay_input=true")
     options = parser.parse_intermixed_args(arguments)
-    check_output(Path(options.dest), "DEST")
-    if Path(options.dest).resolve() == Path(options.source).resolve():
-        raise Mistake(f"{options.dest}: is the source itself; name another file")
+    found = Mistakes()
+    found.gather(check_output, Path(options.dest), "DEST")
+    itself = Path(options.dest).resolve() == Path(options.source).resolve()
+    found.require(not itself, f"{options.dest}: is the source itself; name another file")
     decay_input = [text for text in options.student if text.startswith("decay_input=")]
-    if any(text not in ("decay_input=true", "decay_input=false") for text in decay_input):
-        raise Mistake(f"{decay_input[0]}: must be true or false")
-    pairs = [text for text in options.student if text not in decay_input]
-    recipes = [text.partition("=")[2] for text in pairs if text.startswith("recipe=")]
-    if recipes:
-        config = load_config(recipes[-1], [f"student.{text}" for text in pairs if not text.startswith("recipe=")])
-        student, data = config.student, config.data
-    else:
-        student, data = parse_student(pairs), None
+    for text in decay_input:
+        found.require(text in ("decay_input=true", "decay_input=false"), f"{text}: must be true or false")
+    pairs = [text for text in options.student if not text.startswith(("decay_input=", "recipe="))]
+    recipes = [text.partition("=")[2] for text in options.student if text.startswith("recipe=")]
+    data = None
+    with found.gathered():
+        if recipes:
+            config = load_config(recipes[-1], [f"student.{text}" for text in pairs])
+            student, data = config.student, config.data
+        else:
+            student = parse_student(pairs)
+    found.tell()
     decays = "decay_input=true" in decay_input
     try:
         print(import_student(options.source, options.dest, options.format, student, decay_input=decays, data=data))

@@ -30,7 +30,7 @@ from tdkd_dist import distributed
 from tdkd_dist.command_line import Parser, run_tool
 from tdkd_dist.config import Config
 from tdkd_dist.data.beton.manifest import check_beton
-from tdkd_dist.mistakes import Mistake, require
+from tdkd_dist.mistakes import Mistake, Mistakes
 from tdkd_dist.recipe import load_config
 from tdkd_dist.run.log import format_seconds
 from tdkd_dist.students import create_student
@@ -156,19 +156,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="also run the recipe's ranks here together, and compare")
     options = parser.parse_intermixed_args(argv)
     recipes = [text.removeprefix("recipe=") for text in options.settings if text.startswith("recipe=")]
-    if len(recipes) != 1:
-        raise Mistake("which recipe? give recipe=NAME")
-    options.recipe = recipes[0]
     nodes = [text.removeprefix("nodes=") for text in options.settings if text.startswith("nodes=")]
     options.overrides = [text for text in options.settings if not text.startswith(("recipe=", "nodes="))]
-    options.nodes = numbers("nodes=", nodes[-1]) if nodes else None
-    options.gpus = numbers("--gpus ", options.gpus)
+    found = Mistakes()
+    found.require(len(recipes) == 1, "which recipe? give recipe=NAME")
+    with found.gathered():
+        options.nodes = numbers("nodes=", nodes[-1]) if nodes else None
+    with found.gathered():
+        options.gpus = numbers("--gpus ", options.gpus)
     for name in ("step_ms", "gpus_per_node", "gpu_gb_s", "node_gb_s", "loader_core_ms", "images", "cores"):
         value = getattr(options, name)
         fits = value is None or 0 < value < math.inf  # nor NaN
-        require(fits, f"--{name.replace('_', '-')} {value}: must be positive and finite")
+        found.require(fits, f"--{name.replace('_', '-')} {value}: must be positive and finite")
     fits = 0 <= options.latency_us < math.inf
-    require(fits, f"--latency-us {options.latency_us}: must be finite, and not negative")
+    found.require(fits, f"--latency-us {options.latency_us}: must be finite, and not negative")
+    found.tell()
+    options.recipe = recipes[0]
     return options
 
 

@@ -17,15 +17,18 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from tdkd_dist.command_line import Parser, run_tool
+from tdkd_dist.command_line import Parser, check_input, run_tool
 from tdkd_dist.data.beton.manifest import Manifest, WriteOptions
 from tdkd_dist.data.beton.verify import verify
 from tdkd_dist.data.beton.writing import up_to_date, write
+from tdkd_dist.data.events.framing import FramingRule
+from tdkd_dist.data.events.splits import SplitRule
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.sources.source import FrameSource, Source
-from tdkd_dist.mistakes import Mistake, require
+from tdkd_dist.mistakes import Mistake, Mistakes
 
 USAGE = """usage: python tools/write_beton.py SOURCE DEST [--split train|val] [--max-side 500] [--jpeg-share 0.5]
            [--quality 90] [--subset N] [--labels FILE] [--on-error stop|skip] [--holdout N] [--workers N] [--force]
@@ -100,14 +103,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.verify is None) != (args.dest is not None):
         raise Mistake("say SOURCE and DEST, or --verify FILE alone")
-    if args.workers < 1:
-        raise Mistake(f"--workers {args.workers}: must be at least 1")
+    found = Mistakes()
+    found.require(args.workers >= 1, f"--workers {args.workers}: must be at least 1")
     if args.frames is None:
         of_events = {"--by": args.by != "number", "--window-us": args.window_us, "--frame-size": args.frame_size}
         of_events |= {"--sensor": args.sensor, "--split-by": args.split_by}
         given = [name for name, value in of_events.items() if value]
-        require(not given, f"{', '.join(given)}: of event-camera recordings; say --frames T")
+        found.require(not given, f"{', '.join(given)}: of event-camera recordings; say --frames T")
+    if args.source is not None:
+        found.gather(check_input, args.source)
+    if args.frames is not None:
+        with found.gathered():
+            args.split_rule, args.framing = read_rules(args)
+    with found.gathered():
+        args.options = WriteOptions(
+            args.max_side, args.jpeg_share, args.quality, args.subset, args.on_error, args.holdout
+        )
+    found.tell()
     return args
+
+
+def read_rules(args: argparse.Namespace) -> tuple[SplitRule | None, FramingRule]:
+    """How recordings are divided, and how each is cut into frames. Raises `Mistake`."""
+    found, size = Mistakes(), tuple(args.frame_size) if args.frame_size else None
+    split = framing = None
+    with found.gathered():
+        split = None if args.split_by is None else SplitRule(args.split_by, args.split_seed)
+    with found.gathered():
+        framing = FramingRule(args.frames, args.by, args.window_us, size)
+    found.tell()
+    assert framing is not None
+    return split, framing
 
 
 def open_any(args: argparse.Namespace) -> Source | FrameSource:
@@ -116,20 +142,15 @@ def open_any(args: argparse.Namespace) -> Source | FrameSource:
         return open_source(args.source, args.split, args.labels)
     from tdkd_dist.data.events import open_events
     from tdkd_dist.data.events.framed import FramedSource
-    from tdkd_dist.data.events.framing import FramingRule
-    from tdkd_dist.data.events.splits import SplitRule
 
-    size, sensor = (tuple(given) if given else None for given in (args.frame_size, args.sensor))
-    rule = None if args.split_by is None else SplitRule(args.split_by, args.split_seed)
-    source = open_events(args.source, args.split, rule, sensor)
-    return FramedSource(source, FramingRule(args.frames, args.by, args.window_us, size))
+    sensor = tuple(args.sensor) if args.sensor else None
+    source = open_events(args.source, args.split, args.split_rule, sensor)
+    return FramedSource(source, args.framing)
 
 
 def run(args: argparse.Namespace, dest: Path, heldout: bool) -> tuple[Manifest, str]:
     """Write unless `dest` is already there; the manifest and what was done."""
-    options = WriteOptions(
-        args.max_side, args.jpeg_share, args.quality, args.subset, args.on_error, args.holdout, heldout
-    )
+    options = replace(args.options, heldout=heldout)
     source = open_any(args)
     manifest = up_to_date(source, dest, options)
     if manifest is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tdkd_dist.data.beton.layout import Tables, read_tables
 from tdkd_dist.files import write_json
-from tdkd_dist.mistakes import Mistake
+from tdkd_dist.mistakes import Mistake, Mistakes
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class WriteOptions:
             f"--holdout {self.holdout}: must be at least 1, or 0 for none": self.holdout >= 0,
             f"--on-error {self.on_error}: must be stop or skip": self.on_error in ("stop", "skip"),
         }
+        found = Mistakes()
         for message, holds in checks.items():
-            if not holds:
-                raise Mistake(message)
+            found.require(holds, message)
+        found.tell()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdkd_dist.data.events.recording import Events, Frames, Recording, Sensor
-from tdkd_dist.mistakes import Mistake, require
+from tdkd_dist.mistakes import Mistake, Mistakes
 
 MOST_FRAMES, MOST_US = 10_000, 1 << 40
 MOST_COUNTS = 1 << 28
@@ -31,11 +31,12 @@ class FramingRule:
     """Height and width of the frames: the sensor's divided by whole numbers, whose pixels are summed. None: its own."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.frames <= MOST_FRAMES, f"frames {self.frames}: must be in 1 to {MOST_FRAMES:,}")
-        require(self.by in ("number", "time"), f"by {self.by}: must be number or time")
-        window = self.window_us
-        require(window is None or 1 <= window <= MOST_US, f"window_us {window}: must be in 1 to {MOST_US:,}")
-        require(self.size is None or min(self.size) >= 1, f"size {self.size}: must be at least 1 x 1")
+        found, window = Mistakes(), self.window_us
+        found.require(1 <= self.frames <= MOST_FRAMES, f"frames {self.frames}: must be in 1 to {MOST_FRAMES:,}")
+        found.require(self.by in ("number", "time"), f"by {self.by}: must be number or time")
+        found.require(window is None or 1 <= window <= MOST_US, f"window_us {window}: must be in 1 to {MOST_US:,}")
+        found.require(self.size is None or min(self.size) >= 1, f"size {self.size}: must be at least 1 x 1")
+        found.tell()
 
     @property
     def text(self) -> str:
