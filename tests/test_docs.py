@@ -34,13 +34,17 @@ def _commands(page: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", _commands("imagenet.md"), ids=" ".join)
-def test_the_imagenet_pages_commands_are_understood(command, monkeypatch):
+def test_the_imagenet_pages_commands_are_understood(command, tmp_path, monkeypatch):
     _, script, *arguments = command
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(submit, "submit", lambda settings, dry_run: load_settings(settings))
     monkeypatch.setattr(submit, "manage", lambda action, runs: 0)
     if script == "launch/submit.py":
         assert submit.act(arguments) == 0
     else:
+        for archive in arguments:
+            if archive.endswith((".tar", ".tgz")):
+                Path(archive).touch()
         {"tools/write_beton.py": write_beton, "tools/compare_runs.py": compare_runs, "tools/plan_run.py": plan_run}[
             script
         ].parse(arguments)
