@@ -114,7 +114,7 @@ def test_cifar10_dvs_s_recipe_runs_on_aedat(folder):
     assert manifest is not None
     assert manifest.frames["split"] == "train, random split, 10 % validated on, seed 42"
     options = "launcher.gpus_per_node=0 launcher.tasks_per_node=2 data.frames=2 data.frame_choice=regroup"
-    options += " student.num_timesteps=2 student.width=8 loss.alpha=0 train.max_steps=2 train.sync_bn=false"
+    options += " student.num_timesteps=2 student.width=16 loss.alpha=0 train.max_steps=2 train.sync_bn=false"
     done = call(
         submit.main,
         *arguments(folder, "cifar10dvs_resnet18", "dvs", *options.split(), f"run.dir={folder}/dvs_run"),
