@@ -74,7 +74,7 @@ MANY = {
     "compare_runs": ("none --wandb x --figure x.txt --tsne=-1", "--wandb x, --figure x.txt, --tsne -1"),
     "write_beton": (
         "none x.beton --workers 0 --quality 0 --jpeg-share 2 --frames 0 --by size --split-by hand",
-        "--workers 0, none, split hand, frames 0, by size, --jpeg-share 2.0, --quality 0",
+        "--workers 0, split hand, frames 0, by size, none, --jpeg-share 2.0, --quality 0",
     ),
     "import_weights": (
         "x.pth none/x.safetensors --format official decay_input=maybe neuron.knd=if num_timesteps=0",

@@ -24,8 +24,6 @@ from tdkd_dist.command_line import Parser, check_input, run_tool
 from tdkd_dist.data.beton.manifest import Manifest, WriteOptions
 from tdkd_dist.data.beton.verify import verify
 from tdkd_dist.data.beton.writing import up_to_date, write
-from tdkd_dist.data.events.framing import FramingRule
-from tdkd_dist.data.events.splits import SplitRule
 from tdkd_dist.data.sources import open_source
 from tdkd_dist.data.sources.source import FrameSource, Source
 from tdkd_dist.mistakes import Mistake, Mistakes
@@ -110,30 +108,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
         of_events |= {"--sensor": args.sensor, "--split-by": args.split_by}
         given = [name for name, value in of_events.items() if value]
         found.require(not given, f"{', '.join(given)}: of event-camera recordings; say --frames T")
-    if args.source is not None:
-        found.gather(check_input, args.source)
-    if args.frames is not None:
+    else:
+        from tdkd_dist.data.events.framing import FramingRule
+        from tdkd_dist.data.events.splits import SplitRule
+
         with found.gathered():
-            args.split_rule, args.framing = read_rules(args)
+            args.split_rule = None if args.split_by is None else SplitRule(args.split_by, args.split_seed)
+        with found.gathered():
+            size = tuple(args.frame_size) if args.frame_size else None
+            args.framing = FramingRule(args.frames, args.by, args.window_us, size)
+    found.gather(check_input, args.source)
     with found.gathered():
         args.options = WriteOptions(
             args.max_side, args.jpeg_share, args.quality, args.subset, args.on_error, args.holdout
         )
     found.tell()
     return args
-
-
-def read_rules(args: argparse.Namespace) -> tuple[SplitRule | None, FramingRule]:
-    """How recordings are divided, and how each is cut into frames. Raises `Mistake`."""
-    found, size = Mistakes(), tuple(args.frame_size) if args.frame_size else None
-    split = framing = None
-    with found.gathered():
-        split = None if args.split_by is None else SplitRule(args.split_by, args.split_seed)
-    with found.gathered():
-        framing = FramingRule(args.frames, args.by, args.window_us, size)
-    found.tell()
-    assert framing is not None
-    return split, framing
 
 
 def open_any(args: argparse.Namespace) -> Source | FrameSource:
