@@ -1,6 +1,8 @@
 """The students against a recursion written by hand, and the properties that full range rests on."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from tdkd_dist import neurons
 from tdkd_dist.batch_norm import batch_norm_repeated
 from tdkd_dist.neurons import NeuronConfig, SpikingNeuron
-from tdkd_dist.students import spiking_names
+from tdkd_dist.students import resnet, spiking_names
 from tdkd_dist.students.resnet import TemporalDropPath
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -375,6 +377,29 @@ def test_timm_citizenship(name, tmp_path):
     assert torch.equal(net(x), pre_logits)
     headless = timm.create_model(name, num_classes=0, num_timesteps=T, width=8)
     assert headless(x).shape == pre_logits.shape
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_a_narrow_student_of_large_pictures_does_not_die_on_a_cpu(width):
+    """torch's own backward pass of such a shortcut writes past its memory, which kills the process."""
+    code = f"""
+import timm, torch, tdkd_dist.students
+student = timm.create_model("sew_resnet18", width={width}, num_classes=2, num_timesteps=1)
+student.to(memory_format=torch.channels_last)
+for _ in range(3):
+    images = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    student(images).square().sum().backward()
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_narrow_shortcut_is_the_convolution_it_stands_for():
+    torch.manual_seed(0)
+    ours = resnet.downsample(8, 16, 2, bias=True)[0].double()
+    x, gradients = torch.randn(2, 8, 7, 10, dtype=torch.float64, requires_grad=True), []
+    for y in (ours(x), F.conv2d(x, ours.weight, ours.bias, 2)):
+        gradients.append((y, *torch.autograd.grad(y.square().sum(), [x, *ours.parameters()])))
+    assert_close(*gradients)
 
 
 def test_there_are_no_pretrained_weights():

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 from torch.utils.checkpoint import checkpoint
 
 from tdkd_dist import batch_norm  # the module: it imports timm, which may be what imports us
@@ -24,6 +25,9 @@ CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "c
 """What timm's `default_cfg` says of the networks for CIFAR-10."""
 CIFAR100 = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
 """What it would say of them for CIFAR-100 (Yu et al. 2025, released code)."""
+
+NARROW = 8
+"""Channels that a shortcut's convolution must read more of to be torch's own."""
 
 
 class ResidualBlock(nn.Module):
@@ -179,7 +183,20 @@ def downsample(in_channels: int, out_channels: int, stride: int, bias: bool = Fa
     """A shortcut's 1x1 convolution and batch norm, or None where the identity fits."""
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias), nn.BatchNorm2d(out_channels))
+    kind = NarrowConv1x1 if in_channels <= NARROW and stride > 1 else nn.Conv2d
+    return nn.Sequential(kind(in_channels, out_channels, 1, stride, bias=bias), nn.BatchNorm2d(out_channels))
+
+
+class NarrowConv1x1(nn.Conv2d):
+    """A 1x1 convolution that is given the pixels its stride keeps.
+
+    From so few channels, and 46 pixels and more, torch 2.15's own writes past its memory in a CPU's backward pass.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[N, C, H, W]` in; out the `[N, C', H', W']` of the plain one."""
+        down, right = self.stride
+        return conv2d(input[..., ::down, ::right], self.weight, self.bias)
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
