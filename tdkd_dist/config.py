@@ -229,7 +229,8 @@ class TrainConfig(Section):
     micro_batch: int | None = limited(None, ">= 1", most=10_000_000)
     """Images a forward pass on one rank, at most; None: the rank's whole share. Gradients accumulate over the rest."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`bf16`: autocast, with membrane and batch norm in fp32. `auto`: bf16 on a GPU, fp32 on a CPU."""
+    """`bf16`: autocast, with membrane and batch norm in fp32; on a device without it (a GPU before Ampere, an x86 CPU
+    without AVX-512) fp32, many times as fast there. `auto`: bf16 on a GPU, fp32 on a CPU."""
     compile: bool | str = "auto"
     """`auto`: torch.compile on a GPU when the run is long enough to pay for it."""
     activation_budget: float = limited(1.0, "(0, 1]")

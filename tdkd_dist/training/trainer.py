@@ -30,6 +30,7 @@ from tdkd_dist.teachers import Teacher, create_teacher
 from tdkd_dist.training import checkpoint
 from tdkd_dist.training.checkpoint import warn_of_short_notice
 from tdkd_dist.training.compilation import compiles
+from tdkd_dist.training.engine import has_bf16, wants_bf16
 from tdkd_dist.training.guard import StepGuard
 from tdkd_dist.training.meter import TrainMeter
 from tdkd_dist.training.rank import Place, Run
@@ -53,6 +54,9 @@ def run(config: Config, folder: RunFolder, place: Place, heartbeat: Heartbeat, s
         config = replace(config, student=student_section)
         if note:
             log.say(note)
+    if wants_bf16(config, place.device) and not has_bf16(place.device):
+        lacks = "GPU, older than Ampere," if place.device.type == "cuda" else "CPU"
+        log.say(f"train.precision={config.train.precision}: fp32, since this {lacks} has no bf16 and would emulate it")
     opening = partial(heartbeat.beat, "opening data", 0)
     opening()
     validation = make_val_loader(

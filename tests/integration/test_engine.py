@@ -5,6 +5,7 @@ Shapes: S optimiser steps, M micro-batches, B images of a micro-batch.
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def make_config(world_size: int, **train: object) -> Config:
         student=STUDENT,
         optim=OptimConfig(name="momentum", lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, schedule_on="epoch"),
         train=TrainConfig(
-            epochs=5, batch_size=BATCH, micro_batch=MICRO, precision="fp32", **{"sync_bn": False} | train
+            epochs=5, batch_size=BATCH, micro_batch=MICRO, **{"precision": "fp32", "sync_bn": False} | train
         ),  # type: ignore[arg-type]
         launcher=LauncherConfig(tasks_per_node=world_size),
     )
@@ -338,15 +339,16 @@ def test_deepspeed_never_waits_for_the_device_and_its_hooks_cost_no_graph():
 
 
 def gradients_travel_in_fp32(rank: int, world_size: int, stages: tuple[int, ...]) -> None:
+    from tdkd_dist.training import engine as module
     from tdkd_dist.training.engine import Engine
 
+    module.has_bf16 = lambda device: True  # torch computes it on every CPU, if slowly
     sent: list[torch.dtype] = []
     for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_gather"):
         monitored(name, sent)
     for stage in stages:
         sent.clear()
-        config = make_config(world_size, zero_stage=stage)
-        config.train.precision = "bf16"
+        config = make_config(world_size, zero_stage=stage, precision="bf16")
         engine = Engine(make_student(), config, device=torch.device("cpu"), steps_per_epoch=100, compiled=False)
         images, labels = make_batches()
         logits = engine.forward(images[0, rank])
@@ -372,3 +374,30 @@ def monitored(name: str, sent: list[torch.dtype]) -> None:
 @pytest.mark.slow
 def test_gradients_travel_in_fp32_under_autocast():
     run_ranks(gradients_travel_in_fp32, 2, (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind", "major", "expected"),
+    [
+        ("auto", "cuda", 7, False),
+        ("auto", "cuda", 8, True),
+        ("bf16", "cuda", 7, False),
+        ("fp32", "cuda", 9, False),
+        ("auto", "cpu", 9, False),
+    ],
+)
+def test_which_precision_a_gpu_computes_in(monkeypatch, precision, kind, major, expected):
+    from tdkd_dist.training.engine import use_bf16
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    assert use_bf16(make_config(1, precision=precision), torch.device(kind)) is expected
+
+
+def test_a_cpu_has_bf16_where_the_kernel_lists_avx512():
+    from tdkd_dist.training.engine import has_bf16
+
+    flags = {word for line in Path("/proc/cpuinfo").read_text().splitlines() for word in line.split()}
+    on_arm = {"asimd", "bf16"} <= flags
+    assert has_bf16(torch.device("cpu")) is (on_arm or {"avx512bw", "avx512dq", "avx512vl"} <= flags)

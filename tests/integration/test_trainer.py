@@ -143,6 +143,25 @@ def record_losses(rank: int, world_size: int, small_beton: Path, tmp_path: Path)
     assert len({row["train/ce"] for row in rows}) == 4
 
 
+def ask_for_bf16(rank: int, world_size: int, small_beton: Path, tmp_path: Path) -> None:
+    """On a CPU that has it, and on one that does not; at fp32 on the latter."""
+    from tdkd_dist.training import engine, trainer
+
+    def losses(name: str, precision: str, device_has_it: bool) -> tuple[list[float], str]:
+        engine.has_bf16 = trainer.has_bf16 = lambda device: device_has_it
+        settings = ("train.batch_size=48", "train.max_steps=2", f"train.precision={precision}")
+        config = small_config(small_beton, tmp_path / name, *settings)
+        return [row["train/loss"] for row in train(config)], RunFolder(config.run.folder).log_file.read_text()
+
+    exact, _ = losses("exact", "fp32", device_has_it=False)
+    rounded, log = losses("rounded", "bf16", device_has_it=True)
+    assert rounded != exact
+    assert "train.precision" not in log
+    fallen_back, log = losses("fallen_back", "bf16", device_has_it=False)
+    assert fallen_back == exact
+    assert "train.precision=bf16: fp32, since this CPU has no bf16 and would emulate it" in log
+
+
 class Waits(TorchDispatchMode):
     """Counts, by the heartbeat's phase, the operations for which the host would wait on a GPU."""
 
@@ -199,6 +218,11 @@ def count_waits(rank: int, world_size: int, small_beton: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_recorded_losses_are_those_of_the_batch_they_were_computed_from(small_beton, tmp_path):
     run_ranks(record_losses, 1, small_beton, tmp_path)
+
+
+@pytest.mark.slow
+def test_where_bf16_would_be_emulated_the_run_is_in_fp32_and_says_so(small_beton, tmp_path):
+    run_ranks(ask_for_bf16, 1, small_beton, tmp_path)
 
 
 @pytest.mark.slow
