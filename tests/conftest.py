@@ -26,9 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
-settings.register_profile("seeded", derandomize=True, deadline=None)
-if IN_CI:
-    settings.load_profile("seeded")
+# No deadline: how long an example takes is the machine's affair.
+settings.register_profile("seeded", derandomize=IN_CI, deadline=None)
+settings.load_profile("seeded")
 
 
 LONGEST = ["test_slurm", "test_launch", "test_batch_norm", "test_fast_path", "test_engine", "test_gpu_acceptance"]

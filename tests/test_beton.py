@@ -5,7 +5,9 @@ Oracles: FFCV's reader, loader and image field, Pillow, numpy on the source.
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +225,13 @@ def test_a_sample_table_that_points_nowhere_is_refused_without_a_manifest(copy: 
     copy.write_bytes(content)
     with pytest.raises(ValueError, match="sample table is corrupt: 1 samples, the first is 7"):
         check_beton(copy, "data.train")
+
+
+def test_a_killed_process_ends_the_verification_in_a_line(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[verify.__module__]
+    monkeypatch.setattr(module, "_find_problem", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ValueError, match="a process that decodes pictures was killed"):
+        verify(copy, workers=2)
 
 
 @pytest.mark.parametrize("sample", [0, 17, 35])

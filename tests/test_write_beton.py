@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +183,29 @@ class Deadly(FolderSource):
     def read(self, index: int) -> np.ndarray:
         if index == 50:
             os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(index)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("handler", [lambda *_: sys.exit(143), lambda *_: None], ids=["raises", "goes on"])
+def test_a_killed_writer_process_takes_the_busy_ones_with_it(handler: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "tree" / "a").mkdir(parents=True)
+    for i in range(100):
+        picture(i, 30, 30).save(tmp_path / "tree" / "a" / f"{i}.png")
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(ValueError, match="a process that encodes pictures was killed"):
+            write(DeadlyBesideABusyOne(tmp_path / "tree"), tmp_path / "x.beton", workers=2)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class DeadlyBesideABusyOne(Deadly):
+    """The first chunk's process is still reading when the second's is killed."""
+
+    def read(self, index: int) -> np.ndarray:
+        if index == 0:
+            time.sleep(1)
         return super().read(index)
 
 

@@ -1,8 +1,10 @@
 """Reads a beton from end to end and names what is wrong with it."""
 
+import signal
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tdkd_dist.data.beton.layout import MODE_JPEG, Tables, read_tables
@@ -24,11 +26,14 @@ def verify(
     info = check_beton(path, "--verify")
     classes = None if info.manifest is None else info.manifest.num_classes
     problems: list[str] = []
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(path, classes)) as pool:
-        for step, lines in enumerate(pool.map(_check_chunk, range(0, info.num_samples, CHUNK)), start=1):
-            problems += lines
-            if progress is not None:
-                progress(min(step * CHUNK, info.num_samples), info.num_samples)
+    try:
+        with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(path, classes)) as pool:
+            for step, lines in enumerate(pool.map(_check_chunk, range(0, info.num_samples, CHUNK)), start=1):
+                problems += lines
+                if progress is not None:
+                    progress(min(step * CHUNK, info.num_samples), info.num_samples)
+    except BrokenProcessPool as error:
+        raise Mistake("a process that decodes pictures was killed; is there memory for --workers?") from error
     return info, problems
 
 
@@ -37,6 +42,8 @@ _worker: tuple[Path, Tables, int | None]
 
 def _start_worker(path: Path, classes: int | None) -> None:
     global _worker
+    # As in writing: else the pool waits for ever for what is left when one process is killed.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _worker = path, read_tables(path), classes
 
 
