@@ -27,8 +27,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 # No deadline: how long an example takes is the machine's affair.
-settings.register_profile("seeded", derandomize=IN_CI, deadline=None)
-settings.load_profile("seeded")
+settings.register_profile("patient", derandomize=IN_CI, deadline=None)
+settings.load_profile("patient")
 
 
 LONGEST = ["test_slurm", "test_launch", "test_batch_norm", "test_fast_path", "test_engine", "test_gpu_acceptance"]

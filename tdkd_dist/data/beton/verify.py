@@ -1,6 +1,5 @@
 """Reads a beton from end to end and names what is wrong with it."""
 
-import signal
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -42,8 +41,6 @@ _worker: tuple[Path, Tables, int | None]
 
 def _start_worker(path: Path, classes: int | None) -> None:
     global _worker
-    # As in writing: else the pool waits for ever for what is left when one process is killed.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _worker = path, read_tables(path), classes
 
 

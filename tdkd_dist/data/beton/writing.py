@@ -298,7 +298,8 @@ _worker: tuple[AnySource, WriteOptions, FrameLayout | None]
 
 def _start_worker(source: AnySource, options: WriteOptions, layout: FrameLayout | None) -> None:
     global _worker
-    # The pool ends the others with SIGTERM when one is killed; a handler inherited from the parent would outlive it.
+    # The pool ends the others with SIGTERM when one is killed, and reads no more: one that went on, by a handler of the
+    # parent's, would wait for ever to hand over its pictures.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
